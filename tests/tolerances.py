@@ -1,0 +1,20 @@
+"""Every numeric bound of the tests, one line of reason each; no other file holds one."""
+
+# Float32 steps against the originals: measured 5e-7; their own distance from float64 is 3e-7.
+SOLVER_RELATIVE_L2 = 2e-6
+# Last printed digit of the eight-digit sigmas in REFERENCE.md 7.1, which are cut, not rounded.
+SOLVER_PRINTED_DIGIT = 1.01e-8
+# Sums of coefficients and one Euler step in float64: rounding, grown by weights of a few units.
+SOLVER_FLOAT64 = 1e-12
+# Error ratio when steps double, over a smooth stretch: measured within 2.5% of 2 to the order.
+SOLVER_ORDER_RATIO = 0.05
+# Order over a whole run: 2 less a logarithm from the singular ends of lambda; measured 1.69 or more.
+SOLVER_WHOLE_RUN_ORDER = 1.5
+
+# DiT
+DIT_TAP = 2e-6  # float32 sums in another order; a wrong GELU costs 4e-5, a wrong eps 4e-6
+DIT_TIME = 1e-6  # float32 MLP on an exact sinusoid, against float64
+DIT_SINUSOID = 2.5e-7  # four float32 roundings of numbers below 1
+
+# Levels of 255, most of it 8-bit 4:2:0 colour: 1.3 at 832x480, 1.9 at 126x94.
+MEDIA_MP4_MEAN_ERROR = 2.2

@@ -1,0 +1,280 @@
+"""The diffusion transformer of Wan2.1, at four seams: prepare, embed, blocks, head.
+
+    cond   = dit.prepare(context)            once a prompt
+    h, mod = dit.embed(latents, t)           once a step
+    h      = dit.blocks(h, mod, cond)        the scanned stack, or a slice of it
+    v      = dit.head(h, mod)
+
+Axes: b batch, t h w latent grid, l video tokens, s text tokens, d width, n heads, k head width,
+i layers. Precision (Wan2.1 run on one GPU): products in the kernels' dtype; the residual stream,
+norms, modulation, time path and head in float32.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from wan_jax import rope
+from wan_jax.attention import attention
+from wan_jax.config import DiTConfig
+from wan_jax.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    gelu_tanh,
+    layer_norm,
+    linear,
+    normal,
+    rms_norm,
+)
+
+Array = jax.Array
+MAX_TIMESTEP = 1000
+
+
+class Cond(NamedTuple):
+    """Cross-attention keys and values of every block, [i, b, s, n, k] in the kernels' dtype."""
+
+    k: Array
+    v: Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["time_bd", "blocks_b6d", "cos_lk", "sin_lk"],
+    meta_fields=["grid"],
+)
+@dataclasses.dataclass(frozen=True)
+class Modulation:
+    """What one step's timestep and grid mean to every block and the head; float32.
+
+    grid counts patches along (t, h, w), so l = t * h * w.
+    """
+
+    time_bd: Array
+    blocks_b6d: Array
+    cos_lk: Array
+    sin_lk: Array
+    grid: rope.Grid
+
+
+class Attention(nnx.Module):
+    """Projections of one attention, with the norms of q and k over the full width."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        d = config.dim
+        self.q, self.k, self.v, self.o = (
+            Linear(d, d, rngs=rngs, dtype=dtype) for _ in range(4)
+        )
+        self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
+
+
+class Block(nnx.Module):
+    """One transformer block. norm3 is the affine norm before cross-attention, as Wan names it."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        d = config.dim
+        table = jax.random.normal(rngs.params(), (6, d), jnp.float32) / d**0.5
+        self.modulation = nnx.Param(table)
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.norm3 = LayerNorm(d)
+        self.cross_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.ffn_in = Linear(d, config.ffn_dim, rngs=rngs, dtype=dtype)
+        self.ffn_out = Linear(config.ffn_dim, d, rngs=rngs, dtype=dtype)
+
+
+class DiT(nnx.Module):
+    """Weights of the transformer; the stack's leaves have a leading layer axis.
+
+    dtype is that of the kernels outside the float32 islands: bfloat16, or float32 for parity.
+    """
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        d, f32 = config.dim, jnp.float32
+        small = normal(0.02)
+        self.config = config
+        self.patch = Linear(
+            (*config.patch_size, config.in_channels), d, rngs=rngs, dtype=dtype
+        )
+        self.text_in = Linear(config.text_dim, d, rngs=rngs, dtype=dtype, init=small)
+        self.text_out = Linear(d, d, rngs=rngs, dtype=dtype, init=small)
+        self.time_in = Linear(config.freq_dim, d, rngs=rngs, dtype=f32, init=small)
+        self.time_out = Linear(d, d, rngs=rngs, dtype=f32, init=small)
+        self.time_proj = Linear(d, 6 * d, rngs=rngs, dtype=f32)
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.layers = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key), dtype=dtype))(keys)
+        table = jax.random.normal(rngs.params(), (2, d), jnp.float32) / d**0.5
+        self.head_modulation = nnx.Param(table)
+        out = int(np.prod(config.patch_size)) * config.out_channels
+        self.head_proj = Linear(d, out, rngs=rngs, dtype=f32, init=normal(0.0))
+
+    def prepare(self, context_bsd: Array) -> Cond:
+        """Text states [b, s <= text_len, text_dim] -> keys and values of every block.
+
+        Rows past the text are zero and stay in: the network attends to them (Wan2.1 text_len pads).
+        """
+        b, s, width = context_bsd.shape
+        if s > self.config.text_len or width != self.config.text_dim:
+            raise ValueError(
+                f"context has shape {context_bsd.shape}; at most {self.config.text_len} rows of "
+                f"width {self.config.text_dim} are needed"
+            )
+        context = jnp.pad(context_bsd, ((0, 0), (0, self.config.text_len - s), (0, 0)))
+        text = linear(self.text_out, gelu_tanh(linear(self.text_in, context)))
+
+        def keys_and_values(_: None, layer: Block) -> tuple[None, Cond]:
+            weights = layer.cross_attn
+            k = rms_norm(weights.norm_k, linear(weights.k, text), eps=self.config.eps)
+            v = linear(weights.v, text)
+            return None, Cond(self._heads(k.astype(v.dtype)), self._heads(v))
+
+        return lax.scan(keys_and_values, None, self.layers)[1]
+
+    def embed(self, latents_bthwc: Array, t_b: Array) -> tuple[Array, Modulation]:
+        """Latents and timesteps (0..1000) -> tokens [b, l, d] float32 and the modulation."""
+        config = self.config
+        grid, patches = _patchify(latents_bthwc, config)
+        h = linear(self.patch, patches).astype(jnp.float32)
+        wave = sinusoid(t_b, config.freq_dim)
+        time = linear(self.time_out, jax.nn.silu(linear(self.time_in, wave)))
+        steps = linear(self.time_proj, jax.nn.silu(time)).reshape(-1, 6, config.dim)
+        cos, sin = rope.tables(grid, config.head_dim)
+        return h, Modulation(time, steps, cos, sin, grid)
+
+    def blocks(
+        self,
+        h_bld: Array,
+        mod: Modulation,
+        cond: Cond,
+        *,
+        layers: slice | None = None,
+        residuals: Array | None = None,
+        fetch: Callable[[Block], Block] | None = None,
+        implementation: str | None = None,
+    ) -> Array:
+        """Run the stack, or the blocks of `layers`, on tokens [b, l, d] float32.
+
+        residuals: [layers run, b, l, d], added after each block. fetch: brings one layer's weights
+        to the device inside the scan. implementation: which attention (see attention()).
+        """
+        stack = self.layers
+        if layers is not None:
+            stack, cond = jax.tree.map(lambda x: x[layers], (stack, cond))
+
+        def body(h: Array, item: tuple[Block, Cond, Array | None]) -> tuple[Array, None]:
+            layer, kv, residual = item
+            if fetch is not None:
+                layer = fetch(layer)
+            h = self._block(layer, h, mod, kv, implementation)
+            return (h if residual is None else h + residual.astype(h.dtype)), None
+
+        return lax.scan(body, h_bld, (stack, cond, residuals))[0]
+
+    def head(self, h_bld: Array, mod: Modulation) -> Array:
+        """Tokens -> velocity [b, t, h, w, out_channels], float32."""
+        shift, scale = _split(self.head_modulation[...] + mod.time_bd[:, None], 2)
+        normed = layer_norm(h_bld, eps=self.config.eps) * (1.0 + scale) + shift
+        return _unpatchify(linear(self.head_proj, normed), mod.grid, self.config)
+
+    def __call__(
+        self, latents_bthwc: Array, t_b: Array, cond: Cond, *, implementation: str | None = None
+    ) -> Array:
+        """Velocity [b, t, h, w, out_channels], float32, of latents at timesteps t (0..1000)."""
+        h, mod = self.embed(latents_bthwc, t_b)
+        return self.head(self.blocks(h, mod, cond, implementation=implementation), mod)
+
+    def _heads(self, x_bld: Array) -> Array:
+        return x_bld.reshape(*x_bld.shape[:2], self.config.num_heads, self.config.head_dim)
+
+    def _block(
+        self, layer: Block, h: Array, mod: Modulation, kv: Cond, implementation: str | None
+    ) -> Array:
+        eps = self.config.eps
+        shift1, scale1, gate1, shift2, scale2, gate2 = _split(
+            layer.modulation[...] + mod.blocks_b6d, 6
+        )
+        x = layer_norm(h, eps=eps) * (1.0 + scale1) + shift1
+        h = h + gate1 * self._self_attention(layer.self_attn, x, mod, implementation)
+
+        weights = layer.cross_attn
+        q = rms_norm(weights.norm_q, linear(weights.q, _norm3(layer, h, eps)), eps=eps)
+        y = attention(
+            self._heads(q.astype(kv.k.dtype)), kv.k, kv.v, implementation=implementation
+        )
+        h = h + linear(weights.o, y.reshape(h.shape)).astype(jnp.float32)
+
+        x = layer_norm(h, eps=eps) * (1.0 + scale2) + shift2
+        y = linear(layer.ffn_out, gelu_tanh(linear(layer.ffn_in, x)))
+        return h + gate2 * y.astype(jnp.float32)
+
+    def _self_attention(
+        self, weights: Attention, x: Array, mod: Modulation, implementation: str | None
+    ) -> Array:
+        v = linear(weights.v, x)
+        q, k = (
+            rope.rotate(
+                self._heads(rms_norm(norm, linear(p, x), eps=self.config.eps)),
+                mod.cos_lk,
+                mod.sin_lk,
+            ).astype(v.dtype)
+            for norm, p in ((weights.norm_q, weights.q), (weights.norm_k, weights.k))
+        )
+        y = attention(q, k, self._heads(v), implementation=implementation)
+        return linear(weights.o, y.reshape(x.shape)).astype(jnp.float32)
+
+
+def _norm3(layer: Block, h: Array, eps: float) -> Array:
+    return layer_norm(h, eps=eps, affine=layer.norm3)
+
+
+def _split(table_bmd: Array, count: int) -> list[Array]:
+    """[b, count, d] -> count arrays [b, 1, d], which broadcast over tokens."""
+    return [table_bmd[:, i : i + 1] for i in range(count)]
+
+
+def sinusoid(t_b: Array, width: int) -> Array:
+    """[cos | sin] of t * 10000^(-2j/width), float32 [b, width], for t in 0..1000.
+
+    The original computes this in float64. A float32 product t * frequency would be off by 3e-5 at
+    t = 1000, so whole timesteps come from a float64 table and the fraction, which is small, is
+    added by the angle sum.
+    """
+    frequency = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
+    angles = np.arange(MAX_TIMESTEP + 1, dtype=np.float64)[:, None] * frequency
+    t = t_b.astype(jnp.float32)
+    whole = jnp.clip(jnp.floor(t), 0, MAX_TIMESTEP).astype(jnp.int32)
+    rest = (t - whole.astype(jnp.float32))[:, None] * frequency.astype(np.float32)
+    cos = jnp.asarray(np.cos(angles), jnp.float32)[whole]
+    sin = jnp.asarray(np.sin(angles), jnp.float32)[whole]
+    cos_rest, sin_rest = jnp.cos(rest), jnp.sin(rest)
+    return jnp.concatenate(
+        [cos * cos_rest - sin * sin_rest, sin * cos_rest + cos * sin_rest], -1
+    )
+
+
+def _patchify(latents: Array, config: DiTConfig) -> tuple[rope.Grid, Array]:
+    """[b, t, h, w, c] -> grid and patches [b, l, pt, ph, pw, c], tokens ordered t, h, w."""
+    b, *extent, c = latents.shape
+    if c != config.in_channels or any(n % p for n, p in zip(extent, config.patch_size)):
+        raise ValueError(
+            f"latents have shape {latents.shape}; [b, t, h, w, {config.in_channels}] with t, h, w "
+            f"in multiples of {config.patch_size} is needed"
+        )
+    t, h, w = (n // p for n, p in zip(extent, config.patch_size, strict=True))
+    pt, ph, pw = config.patch_size
+    x = latents.reshape(b, t, pt, h, ph, w, pw, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return (t, h, w), x.reshape(b, t * h * w, pt, ph, pw, c)
+
+
+def _unpatchify(x_blo: Array, grid: rope.Grid, config: DiTConfig) -> Array:
+    """[b, l, pt*ph*pw*c], channel fastest -> [b, t, h, w, c]."""
+    (t, h, w), (pt, ph, pw), c = grid, config.patch_size, config.out_channels
+    x = x_blo.reshape(-1, t, h, w, pt, ph, pw, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(-1, t * pt, h * ph, w * pw, c)

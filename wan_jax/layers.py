@@ -1,0 +1,110 @@
+"""Norms, the one matrix product, embeddings, and the dtype policy.
+
+The policy is carried by the weights. A product runs in the dtype its kernel is stored in: bfloat16
+kernels multiply bfloat16 inputs and give bfloat16, float32 kernels multiply float32 inputs at
+HIGHEST precision (a plain float32 product would be TF32 on NVIDIA and bfloat16 passes on TPU).
+So a network built with dtype=bfloat16 has bfloat16 kernels outside its float32 islands, and the
+same code built with dtype=float32 is the float32 mode.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+Array = jax.Array
+Init = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
+
+
+def precision_of(dtype: jnp.dtype) -> lax.Precision:
+    """HIGHEST for float32 operands, the hardware's own for narrower ones."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def xavier(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Xavier-uniform values for a kernel whose last axis is the output."""
+    fan_in, fan_out = math.prod(shape[:-1]), shape[-1]
+    limit = math.sqrt(6.0 / (fan_in + fan_out))
+    return jax.random.uniform(key, shape, jnp.float32, -limit, limit).astype(dtype)
+
+
+def normal(std: float) -> Init:
+    """Initialiser: Gaussian of standard deviation `std`."""
+    return lambda key, shape, dtype: (std * jax.random.normal(key, shape)).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """Weights of one product: kernel [*d_in, d_out] and, unless told otherwise, bias [d_out]."""
+
+    def __init__(
+        self,
+        d_in: int | tuple[int, ...],
+        d_out: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        init: Init = xavier,
+        bias: bool = True,
+    ) -> None:
+        axes = (d_in,) if isinstance(d_in, int) else d_in
+        self.kernel = nnx.Param(init(rngs.params(), (*axes, d_out), dtype))
+        self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
+
+
+class LayerNorm(nnx.Module):
+    """Scale and bias [d] of a layer norm with affine parameters, float32."""
+
+    def __init__(self, d: int) -> None:
+        self.scale = nnx.Param(jnp.ones((d,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((d,), jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+    """Scale [d] of a root-mean-square norm."""
+
+    def __init__(self, d: int, *, dtype: jnp.dtype = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones((d,), dtype))
+
+
+def linear(p: Linear, x: Array) -> Array:
+    """Contract the trailing axes of x with the kernel's [*d_in, d_out], in the kernel's dtype.
+
+    The sum and the bias are float32 and rounded once, as torch's fused addmm does.
+    """
+    kernel = p.kernel[...]
+    inner = kernel.ndim - 1
+    y = lax.dot_general(
+        x.astype(kernel.dtype),
+        kernel,
+        ((tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner))), ((), ())),
+        precision=precision_of(kernel.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    if p.bias is not None:
+        y = y + p.bias[...].astype(jnp.float32)
+    return y.astype(kernel.dtype)
+
+
+def layer_norm(x: Array, *, eps: float, affine: LayerNorm | None = None) -> Array:
+    """Layer norm over the last axis in float32, with scale and bias where given."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, -1, keepdims=True)
+    y = centred * lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + eps)
+    if affine is None:
+        return y
+    return y * affine.scale[...] + affine.bias[...]
+
+
+def rms_norm(p: RMSNorm, x: Array, *, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    y = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+    return y * p.scale[...].astype(jnp.float32)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """The tanh form of GELU, computed in float32, in the dtype of x."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)

@@ -1,0 +1,51 @@
+"""Rotary position embedding over (time, height, width), tables from float64.
+
+The head is split into interleaved pairs (x[2j], x[2j+1]); the first pairs turn with the token's
+frame, then its row, then its column. Each axis has its own spectrum 10000^(-2j/D).
+Source: Wan2.1 wan/modules/model.py, rope_params and rope_apply.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Grid = tuple[int, int, int]
+
+
+def axis_widths(head_dim: int) -> Grid:
+    """Channels of one head that turn with time, height, width: (44, 42, 42) for 128."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def axis_angles(length: int, width: int) -> np.ndarray:
+    """Angles [length, width / 2], float64, of positions 0..length-1 along one axis."""
+    spectrum = 10000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    return np.arange(length, dtype=np.float64)[:, None] * spectrum[None, :]
+
+
+def tables(grid: Grid, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [l, head_dim / 2], of the l = t*h*w tokens in (t, h, w) order.
+
+    Only the three one-axis tables are constants of the program; the broadcast is the device's.
+    """
+
+    def spread(function: np.ufunc) -> jax.Array:
+        parts = []
+        for axis, (length, width) in enumerate(zip(grid, axis_widths(head_dim), strict=True)):
+            values = function(axis_angles(length, width)).astype(np.float32)
+            shape = [1, 1, 1, width // 2]
+            shape[axis] = length
+            parts.append(jnp.broadcast_to(values.reshape(shape), (*grid, width // 2)))
+        return jnp.concatenate(parts, -1).reshape(-1, head_dim // 2)
+
+    return spread(np.cos), spread(np.sin)
+
+
+def rotate(x_blnk: jax.Array, cos_lk: jax.Array, sin_lk: jax.Array) -> jax.Array:
+    """Turn every pair of x [b, l, n, k] by its token's angle; float32 in and out."""
+    pairs = x_blnk.reshape(*x_blnk.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos_lk[None, :, None, :], sin_lk[None, :, None, :]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.reshape(x_blnk.shape)

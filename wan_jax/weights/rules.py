@@ -1,0 +1,221 @@
+"""Tables that map parameter names and layouts of PyTorch files to ours, total both ways.
+
+A table is a list of rules; a rule says which source tensor fills which target and how its axes
+move. Nothing here knows a model. Names are matched before a tensor is read, and every name on
+either side must be accounted for: resolve() returns a plan or raises one report of six lists.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+
+Shape = tuple[int, ...]
+NAMINGS = ("wan", "diffusers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a source array becomes a target array: drop unit axes, then permute; invertible."""
+
+    squeeze: tuple[int, ...] = ()
+    permute: tuple[int, ...] | None = None
+
+    def apply(self, source: np.ndarray) -> np.ndarray:
+        array = np.squeeze(source, self.squeeze) if self.squeeze else source
+        return array if self.permute is None else array.transpose(self.permute)
+
+    def invert(self, target: np.ndarray) -> np.ndarray:
+        array = target if self.permute is None else target.transpose(np.argsort(self.permute))
+        for axis in self.squeeze:
+            array = np.expand_dims(array, axis)
+        return array
+
+    def source_shape(self, target: Shape) -> Shape:
+        """Shape of the source tensor that fills a target of this shape."""
+        return self.invert(np.empty(target, np.bool_)).shape if self.squeeze or self.permute else target
+
+
+SAME = Layout()
+LINEAR = Layout(permute=(1, 0))  # [out, in] -> [in, out]
+CONV2D = Layout(permute=(0, 2, 3, 1))  # OIHW -> OHWI
+CONV3D = Layout(permute=(0, 2, 3, 4, 1))  # OIDHW -> ODHWI
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One target and the tensor that fills it, in both namings.
+
+    Where the names hold `{i}` the target is a stack: its leading axis counts the layers, and layer
+    i comes from the source whose name has i in that place.
+    """
+
+    target: str
+    wan: str
+    diffusers: str
+    layout: Layout = SAME
+
+    def source(self, naming: str) -> str:
+        return {"wan": self.wan, "diffusers": self.diffusers}[naming]
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.wan
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The rules of one network, and the source names that are left out on purpose.
+
+    aliases maps a second name of a tensor to the one the rules use (tied weights are stored under
+    either or both). ignored maps a regular expression of source names to the reason.
+    """
+
+    rules: tuple[Rule, ...]
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """One target, the source names that fill it in order, and how."""
+
+    target: str
+    abstract: jax.ShapeDtypeStruct
+    sources: tuple[str, ...]
+    layout: Layout
+    stacked: bool
+
+    @property
+    def source_shape(self) -> Shape:
+        shape = self.abstract.shape
+        return self.layout.source_shape(shape[1:] if self.stacked else shape)
+
+
+class MismatchError(ValueError):
+    """Names, shapes or dtypes of a checkpoint do not fit the table."""
+
+
+class Reader(Protocol):
+    """What a source of tensors offers (see readers.py)."""
+
+    def shapes(self) -> Mapping[str, tuple[Shape, str]]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def _expand(rule: Rule, naming: str, abstract: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+    template = rule.source(naming)
+    if not rule.stacked:
+        return (template,)
+    return tuple(template.replace("{i}", str(i)) for i in range(abstract.shape[0]))
+
+
+def _report(lists: Mapping[str, list[str]], what: str) -> str:
+    lines = [f"{what} does not fit:"]
+    for title, names in lists.items():
+        shown = ", ".join(sorted(names)[:8]) + (f", ... {len(names)} in all" if names[8:] else "")
+        lines.append(f"  {title}: {shown or '-'}")
+    return "\n".join(lines)
+
+
+def resolve(
+    table: Table,
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    naming: str,
+    names: Sequence[str],
+    what: str = "checkpoint",
+) -> list[Assignment]:
+    """The plan that fills every target from every source name exactly once.
+
+    targets: {path: abstract array}; names: the source's tensor names; what: how errors call it.
+    Raises MismatchError with six lists: source unused, absent, used twice; target unfilled,
+    unknown, assigned twice.
+    """
+    present = set(names)
+    renamed = {alias: name for alias, name in table.aliases.items() if alias in present}
+    actual = {name: alias for alias, name in renamed.items() if name not in present}
+    second = {alias for alias, name in renamed.items() if name in present}
+    ignored = {n for n in present if any(re.fullmatch(pattern, n) for pattern in table.ignored)}
+
+    known = [rule for rule in table.rules if rule.target in targets]
+    plan = [
+        Assignment(
+            rule.target,
+            targets[rule.target],
+            tuple(actual.get(n, n) for n in _expand(rule, naming, targets[rule.target])),
+            rule.layout,
+            rule.stacked,
+        )
+        for rule in known
+    ]
+    uses = Counter(name for item in plan for name in item.sources)
+    fills = Counter(rule.target for rule in table.rules)
+    lists = {
+        "source tensors unused": list(present - set(uses) - ignored - second),
+        "source tensors absent": list(set(uses) - present),
+        "source tensors used twice": [name for name, count in uses.items() if count > 1],
+        "targets unfilled": list(set(targets) - set(fills)),
+        "targets unknown": [rule.target for rule in table.rules if rule.target not in targets],
+        "targets assigned twice": [target for target, count in fills.items() if count > 1],
+    }
+    if any(lists.values()):
+        raise MismatchError(_report(lists, what))
+    return plan
+
+
+def check_shapes(plan: Sequence[Assignment], reader: Reader, *, what: str = "checkpoint") -> None:
+    """Raise MismatchError naming every tensor whose shape or dtype cannot fill its target."""
+    shapes = reader.shapes()
+    wrong = []
+    for item in plan:
+        for name in item.sources:
+            shape, dtype = shapes[name]
+            if shape != item.source_shape:
+                wrong.append(f"{name} has shape {list(shape)}, needed {list(item.source_shape)}")
+            elif not dtype.startswith(("float", "bfloat16")) or dtype.startswith("float8"):
+                wrong.append(f"{name} is stored as {dtype}, needed float32, float16 or bfloat16")
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise MismatchError(f"{what} does not fit: " + "; ".join(wrong[:5]) + more)
+
+
+def apply(
+    plan: Sequence[Assignment], reader: Reader, *, progress: Callable[[int], None] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (target path, array in the target's shape and dtype), one target in memory at a time.
+
+    progress is called with the number of bytes read after each source tensor.
+    """
+    for item in plan:
+        dtype = np.dtype(item.abstract.dtype)
+        if not item.stacked:
+            source = reader.read(item.sources[0])
+            yield item.target, np.ascontiguousarray(item.layout.apply(source), dtype)
+            if progress is not None:
+                progress(source.nbytes)
+            continue
+        target = np.empty(item.abstract.shape, dtype)
+        for i, name in enumerate(item.sources):
+            source = reader.read(name)
+            target[i] = item.layout.apply(source)
+            if progress is not None:
+                progress(source.nbytes)
+        yield item.target, target
+
+
+def export(
+    table: Table, arrays: Mapping[str, np.ndarray], *, naming: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (source name, array in the source's layout): apply() backwards, dtypes kept."""
+    for rule in table.rules:
+        array = np.asarray(arrays[rule.target])
+        names = _expand(rule, naming, jax.ShapeDtypeStruct(array.shape, array.dtype))
+        parts = array if rule.stacked else (array,)
+        for name, part in zip(names, parts, strict=True):
+            yield name, np.ascontiguousarray(rule.layout.invert(part))

@@ -1,0 +1,32 @@
+"""Modules to {path: array} and back."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax
+from flax import nnx
+from jax import tree_util
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def _path(keys: tuple) -> str:
+    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in keys]
+    return ".".join(part for part in parts if part != "value")
+
+
+def abstract(build: Callable[[], Module]) -> Module:
+    """The module that build() returns, with shapes in place of arrays; nothing is allocated."""
+    return jax.eval_shape(build)
+
+
+def flatten(module: nnx.Module) -> dict[str, jax.Array]:
+    """{dotted path: leaf}, e.g. layers.self_attn.q.kernel."""
+    leaves, _ = tree_util.tree_flatten_with_path(module)
+    return {_path(keys): leaf for keys, leaf in leaves}
+
+
+def fill(module: Module, arrays: Mapping[str, jax.Array]) -> Module:
+    """The module with every leaf replaced by arrays[path]; KeyError for a path that is missing."""
+    leaves, treedef = tree_util.tree_flatten_with_path(module)
+    return tree_util.tree_unflatten(treedef, [arrays[_path(keys)] for keys, _ in leaves])
