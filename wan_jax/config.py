@@ -206,7 +206,7 @@ T2V_14B = WanConfig(dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_lay
 
 # A few layers of everything: what the first command runs on a laptop and what tests are built from.
 NANO_T2V = WanConfig(
-    dit=DiTConfig(dim=96, ffn_dim=256, num_heads=2, num_layers=3, text_dim=64, text_len=64),
+    dit=DiTConfig(dim=96, ffn_dim=256, num_heads=2, num_layers=3, text_dim=64),
     vae=VAEConfig(base_dim=16),
     umt5=UMT5Config(vocab_size=384, dim=64, num_heads=4, head_dim=16, ffn_dim=128, num_layers=3),
     defaults=Defaults(size=(128, 96), frames=17, steps=20, negative_prompt="blurry, static"),

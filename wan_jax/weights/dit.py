@@ -109,3 +109,25 @@ def config_from_diffusers(values: Mapping[str, Any]) -> DiTConfig:
         patch_size=tuple(values["patch_size"]),
         eps=values["eps"],
     )
+
+
+def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
+    """transformer/config.json of WanTransformer3DModel with this network's dimensions."""
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(config.patch_size),
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": config.eps,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+    }

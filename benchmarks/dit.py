@@ -1,0 +1,134 @@
+"""One forward of the DiT, one guidance branch, ours beside diffusers' compiled transformer.
+
+    python benchmarks/dit.py [--models 1.3B,14B]
+
+Random weights made on the card, bfloat16 as each system runs it, 81 frames. Prints one table and
+writes results/dit.json. Needs a CUDA GPU, torch and diffusers.
+"""
+
+import argparse
+import os
+
+from measure import child, median_seconds, report, save, table, versions
+
+# name: (heads, layers, ffn, latent frames, latent height, latent width)
+MODELS = {
+    "1.3B": (12, 30, 8960, 21, 60, 104),
+    "14B": (40, 40, 13824, 21, 90, 160),
+}
+
+
+def forward_tflop(model: str) -> float:
+    """Floating-point operations of one forward in 1e12, products and attention only."""
+    heads, layers, ffn, t, h, w = MODELS[model]
+    d, tokens, text = 128 * heads, t * h * w // 4, 512
+    products = 2 * tokens * (4 * d * d + 2 * d * d + 2 * d * ffn) + 2 * text * 2 * d * d
+    attention = 4 * tokens * (tokens + text) * d
+    return layers * (products + attention) / 1e12
+
+
+def run_ours(model: str) -> dict[str, float]:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from wan_jax.config import RELEASED
+    from wan_jax.dit import DiT
+
+    config = RELEASED[f"t2v-{model}"].dit
+    _, _, _, t, h, w = MODELS[model]
+    network = jax.jit(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
+    keys = jax.random.split(jax.random.key(1), 3)
+    table = jax.random.normal(keys[2], network.head_proj.kernel.shape) * 0.02
+    network.head_proj.kernel[...] = table
+    latents = jax.random.normal(keys[0], (1, t, h, w, 16))
+    context = jax.random.normal(keys[1], (1, 512, 4096), jnp.bfloat16)
+    cond = jax.jit(DiT.prepare)(network, context)
+    time = jnp.full((1,), 500.0)
+    compiled = jax.jit(DiT.__call__).lower(network, latents, time, cond).compile()
+    memory = compiled.memory_analysis()
+    seconds = median_seconds(
+        lambda: jax.block_until_ready(compiled(network, latents, time, cond)), repeats=5
+    )
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "seconds": seconds,
+        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+        "temp_gib": memory.temp_size_in_bytes / 2**30,
+    }
+
+
+def run_diffusers(model: str) -> dict[str, float]:
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    heads, layers, ffn, t, h, w = MODELS[model]
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        network = WanTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=128,
+            num_layers=layers,
+            ffn_dim=ffn,
+            cross_attn_norm=True,
+            rope_max_seq_len=1024,
+        )
+    torch.set_default_dtype(torch.float32)
+    network.eval().requires_grad_(False)
+    network.compile_repeated_blocks(fullgraph=False)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, t, h, w, device="cuda", dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16),
+        "timestep": torch.tensor([500], device="cuda"),
+        "return_dict": False,
+    }
+
+    def forward() -> None:
+        with torch.no_grad():
+            network(**inputs)
+        torch.cuda.synchronize()
+
+    best = {}
+    for backend in ("native", "_native_cudnn"):
+        network.set_attention_backend(backend)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = median_seconds(forward, warmups=2, repeats=5)
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        if not best or seconds < best["seconds"]:
+            best = {"seconds": seconds, "peak_gib": peak, "backend": backend}
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--child", choices=("wan_jax", "diffusers"))
+    arguments = parser.parse_args()
+    names = arguments.models.split(",")
+    if arguments.child:
+        run = run_ours if arguments.child == "wan_jax" else run_diffusers
+        report(run(names[0]))
+        return
+    rows = []
+    for model in names:
+        results = {
+            system: child(__file__, ["--child", system, "--models", model])
+            for system in ("diffusers", "wan_jax")
+        }
+        for system, result in results.items():
+            row = {"model": model, "system": system, **result}
+            if "seconds" in result:
+                row["tflop_per_s"] = forward_tflop(model) / result["seconds"]
+                row["ratio"] = result["seconds"] / results["diffusers"].get("seconds", float("nan"))
+            rows.append(row)
+    import jax
+
+    device = jax.devices()[0].device_kind
+    path = save("dit", rows, {"device": device})
+    print(f"{device}, {versions()}\nwritten to {path}")
+    print(table(rows, ("model", "system", "seconds", "ratio", "tflop_per_s", "peak_gib", "error")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""load(): from whatever the user has on disk to a Wan ready to run."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wan_jax.pipeline import Callback, Progress, Wan
+from wan_jax.tokenizer import load_tokenizer
+from wan_jax.weights import checkpoint, miniature
+from wan_jax.weights.sources import PARTS, open_folder
+
+DTYPES = ("bfloat16", "float32")
+
+
+def default_cache_dir() -> Path:
+    """Where converted checkpoints are kept: wan_jax under the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "wan_jax"
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str = "bfloat16",
+    cache_dir: str | os.PathLike[str] | None = None,
+    offload: bool = False,
+    callback: Callback | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Wan:
+    """A checkpoint ready to run.
+
+    path: a converted checkpoint, or a folder in the Diffusers layout, or one with the original
+    layout's DiT at its top, which is converted once into cache_dir; None makes and runs a small
+    checkpoint of random weights. dtype: "bfloat16", or "float32" to compare number by number.
+    offload: each stage's weights leave the device when it is done. callback: told the progress;
+    notify: told in a sentence what is done that takes long. Raises ValueError naming what is wrong
+    with the folder.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} is needed")
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    say = notify or (lambda _: None)
+    source = Path(path) if path is not None else _random_miniature(cache, say)
+    if not source.is_dir():
+        raise ValueError(
+            f"{source} is not a folder; a checkpoint in the Diffusers layout is needed, for example "
+            "`hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir DIR`"
+        )
+    folder = source if checkpoint.is_checkpoint(source) else _converted(
+        source, cache, dtype=dtype, callback=callback, say=say
+    )
+    config = checkpoint.read_config(folder)
+    loaders: dict[str, Callable[[], Any]] = {
+        part: functools.partial(
+            checkpoint.restore, folder, part, config, dtype=dtype, sharding=None
+        )
+        for part in PARTS
+    }
+    wan = Wan(
+        config, load_tokenizer(folder / checkpoint.TOKENIZER), loaders, dtype=dtype, offload=offload
+    )
+    if not offload:
+        for part in PARTS:
+            wan.network(part, callback)
+    return wan
+
+
+def _random_miniature(cache: Path, say: Callable[[str], None]) -> Path:
+    path = cache / miniature.NAME
+    say(
+        "no checkpoint given: running a small network of random weights, which shows that "
+        f"everything works and makes patterns, not pictures ({path})"
+    )
+    if not path.is_dir():
+        miniature.write(path)
+    return path
+
+
+def _converted(
+    source: Path, cache: Path, *, dtype: str, callback: Callback | None, say: Callable[[str], None]
+) -> Path:
+    folder = open_folder(source)
+    target = cache / f"{source.resolve().name}-{dtype}-{checkpoint.digest(folder, dtype)}"
+    if checkpoint.is_checkpoint(target):
+        return target
+    say(f"converting {source} once into {target}")
+
+    def on_bytes(done: int, total: int) -> None:
+        if callback is not None:
+            callback(Progress("convert", done, total))
+
+    on_bytes(0, 1)
+    checkpoint.write(folder, target, dtype=dtype, on_bytes=on_bytes)
+    return target

@@ -1,0 +1,352 @@
+"""The causal video VAE, streamed in time with its state as a value.
+
+Arrays are [b, t, y, x, c]. The first frame goes through encode_first or decode_first, everything
+after it through encode_next or decode_next in chunks of any size, each call taking the State that
+the one before it gave. Chunks change the speed and the memory, never the values. encode and decode
+drive them over a whole video in memory that, the output apart, does not grow with its length.
+
+Latents are normalised, float32, and never sampled: the encoder's mean is taken. Frames are RGB in
+-1..1. `precision` is that of the convolutions and counts for float32 weights only: DEFAULT is TF32
+on NVIDIA, what the reference runs in; HIGHEST is float32 everywhere.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from wan_jax.config import VAEConfig
+from wan_jax.layers import Array, Linear, RMSNorm
+from wan_jax.vae_blocks import (
+    Blocks,
+    CausalConv3D,
+    Middle,
+    MiddleState,
+    Resample,
+    StageState,
+    conv1x1,
+    conv3d,
+    decoder_stages,
+    downsample,
+    encoder_stages,
+    middle,
+    middle_state,
+    norm_silu,
+    run_stage,
+    stage_state,
+    upsample,
+)
+
+HIGHEST = lax.Precision.HIGHEST
+RGB = 3
+
+
+class Encoder(nnx.Module):
+    """Pixels to twice z_dim channels: means, then log-variances."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        make = functools.partial(Resample, rngs=rngs, dtype=dtype)
+        stages = encoder_stages(config)
+        self.conv_in = CausalConv3D(RGB, stages[0].d_in, (3, 3, 3), rngs=rngs, dtype=dtype)
+        self.stages = nnx.List()
+        for s in stages:
+            time = s.d_out if s.temporal else None
+            resample = make(s.d_out, d_space=s.d_out, d_time=time) if s.resample else None
+            self.stages.append(Blocks(s, resample, rngs=rngs, dtype=dtype))
+        d = stages[-1].d_out
+        self.middle = Middle(d, rngs=rngs, dtype=dtype)
+        self.norm_out = RMSNorm(d, dtype=dtype)
+        self.conv_out = CausalConv3D(d, 2 * config.z_dim, (3, 3, 3), rngs=rngs, dtype=dtype)
+
+
+class Decoder(nnx.Module):
+    """z_dim channels to pixels."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        make = functools.partial(Resample, rngs=rngs, dtype=dtype)
+        stages = decoder_stages(config)
+        self.conv_in = CausalConv3D(config.z_dim, stages[0].d_in, (3, 3, 3), rngs=rngs, dtype=dtype)
+        self.middle = Middle(stages[0].d_in, rngs=rngs, dtype=dtype)
+        self.stages = nnx.List()
+        for s in stages:
+            time = 2 * s.d_out if s.temporal else None
+            resample = make(s.d_out, d_space=s.d_out // 2, d_time=time) if s.resample else None
+            self.stages.append(Blocks(s, resample, rngs=rngs, dtype=dtype))
+        d = stages[-1].d_out
+        self.norm_out = RMSNorm(d, dtype=dtype)
+        self.conv_out = CausalConv3D(d, RGB, (3, 3, 3), rngs=rngs, dtype=dtype)
+
+
+class VAE(nnx.Module):
+    """Encoder, decoder, and the 1x1x1 convolutions on either side of the latents."""
+
+    def __init__(
+        self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+    ) -> None:
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs, dtype=dtype)
+        self.quant = Linear(2 * config.z_dim, 2 * config.z_dim, rngs=rngs, dtype=dtype)
+        self.post_quant = Linear(config.z_dim, config.z_dim, rngs=rngs, dtype=dtype)
+        self.decoder = Decoder(config, rngs=rngs, dtype=dtype)
+
+
+class State(NamedTuple):
+    """Everything the encoder or the decoder remembers of the frames before this chunk."""
+
+    conv_in: Array
+    middle: MiddleState
+    stages: tuple[StageState, ...]
+    conv_out: Array
+
+
+def _zeros(
+    batch: int, dtype: jnp.dtype, height: int, width: int, *, frames: int = 2
+) -> Callable[[int], Array]:
+    return lambda d: jnp.zeros((batch, frames, height, width, d), dtype)
+
+
+def encoder_state(
+    config: VAEConfig, batch: int, *, height: int, width: int, dtype: jnp.dtype = jnp.float32
+) -> State:
+    """Zero state of the encoder.
+
+    height, width: of the latent grid. dtype: that of the weights.
+    """
+    plan = encoder_stages(config)
+    grids = [(height << up, width << up) for up in range(len(plan) - 1, -1, -1)]
+    pasts = [_zeros(batch, dtype, *grid) for grid in grids]
+    stages = []
+    for i, stage in enumerate(plan):
+        time = None
+        if stage.temporal:  # behind the halving of space, and one frame: it steps by two
+            time = _zeros(batch, dtype, *grids[i + 1], frames=1)(stage.d_out)
+        stages.append(stage_state(stage, pasts[i], time))
+    d = plan[-1].d_out
+    return State(pasts[0](RGB), middle_state(d, pasts[-1]), tuple(stages), pasts[-1](d))
+
+
+def decoder_state(
+    config: VAEConfig, batch: int, *, height: int, width: int, dtype: jnp.dtype = jnp.float32
+) -> State:
+    """Zero state of the decoder.
+
+    height, width: of the latent grid. dtype: that of the weights.
+    """
+    plan = decoder_stages(config)
+    pasts = [_zeros(batch, dtype, height << up, width << up) for up in range(len(plan))]
+    stages = tuple(
+        stage_state(stage, past, past(stage.d_out) if stage.temporal else None)
+        for stage, past in zip(plan, pasts, strict=True)
+    )
+    mid = middle_state(plan[0].d_in, pasts[0])
+    return State(pasts[0](config.z_dim), mid, stages, pasts[-1](plan[-1].d_out))
+
+
+def _run_encoder(
+    p: Encoder, x: Array, state: State, *, first: bool, precision: lax.Precision
+) -> tuple[Array, State]:
+    x, conv_in = conv3d(p.conv_in, x, state.conv_in, precision=precision)
+    stages = []
+    for blocks, past in zip(p.stages, state.stages, strict=True):
+        x, after = run_stage(blocks, x, past, resample=downsample, first=first, precision=precision)
+        stages.append(after)
+    x, mid = middle(p.middle, x, state.middle, precision=precision)
+    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv_out, precision=precision)
+    return x, State(conv_in, mid, tuple(stages), conv_out)
+
+
+def _run_decoder(
+    p: Decoder, x: Array, state: State, *, first: bool, precision: lax.Precision
+) -> tuple[Array, State]:
+    x, conv_in = conv3d(p.conv_in, x, state.conv_in, precision=precision)
+    x, mid = middle(p.middle, x, state.middle, precision=precision)
+    stages = []
+    for blocks, past in zip(p.stages, state.stages, strict=True):
+        x, after = run_stage(blocks, x, past, resample=upsample, first=first, precision=precision)
+        stages.append(after)
+    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv_out, precision=precision)
+    return x, State(conv_in, mid, tuple(stages), conv_out)
+
+
+def _statistics(config: VAEConfig) -> tuple[Array, Array]:
+    return (
+        jnp.asarray(config.latents_mean, jnp.float32),
+        jnp.asarray(config.latents_std, jnp.float32),
+    )
+
+
+def _encode(
+    vae: VAE, frames: Array, state: State, *, first: bool, precision: lax.Precision
+) -> tuple[Array, State]:
+    h, state = _run_encoder(vae.encoder, frames, state, first=first, precision=precision)
+    h = conv1x1(vae.quant, h, precision=precision)
+    mean, std = _statistics(vae.config)
+    return (h[..., : vae.config.z_dim].astype(jnp.float32) - mean) / std, state
+
+
+def _decode(
+    vae: VAE, latents: Array, state: State, *, first: bool, precision: lax.Precision
+) -> tuple[Array, State]:
+    mean, std = _statistics(vae.config)
+    z = conv1x1(vae.post_quant, latents.astype(jnp.float32) * std + mean, precision=precision)
+    frames, state = _run_decoder(vae.decoder, z, state, first=first, precision=precision)
+    return jnp.clip(frames.astype(jnp.float32), -1.0, 1.0), state
+
+
+def _check(name: str, value: Array, channels: int) -> None:
+    if value.ndim != 5 or value.shape[-1] != channels or 0 in value.shape:
+        raise ValueError(f"{name} of shape {value.shape}: [b, t, y, x, {channels}] is needed")
+
+
+def _check_grid(config: VAEConfig, frames: Array) -> None:
+    _check("frames", frames, RGB)
+    stride, (height, width) = config.spatial_stride, frames.shape[2:4]
+    if height % stride or width % stride:
+        raise ValueError(
+            f"frames are {width}x{height} pixels; width and height must be multiples of {stride}"
+        )
+
+
+def _check_one(name: str, value: Array) -> None:
+    if value.shape[1] != 1:
+        raise ValueError(f"{name} holds {value.shape[1]} frames; the first chunk is one frame")
+
+
+def encode_first(
+    vae: VAE, frame: Array, state: State, *, precision: lax.Precision = HIGHEST
+) -> tuple[Array, State]:
+    """Latent of the first frame.
+
+    frame: [b, 1, y, x, 3] in -1..1; state: encoder_state(). Returns latents [b, 1, y/8, x/8, z],
+    float32, and the next state. ValueError for another number of frames or an uneven size.
+    """
+    _check_grid(vae.config, frame)
+    _check_one("frame", frame)
+    return _encode(vae, frame, state, first=True, precision=precision)
+
+
+def encode_next(
+    vae: VAE, frames: Array, state: State, *, precision: lax.Precision = HIGHEST
+) -> tuple[Array, State]:
+    """Latents of the frames after those that gave the state.
+
+    frames: [b, 4k, y, x, 3] in -1..1. Returns latents [b, k, y/8, x/8, z], float32, and the next
+    state. ValueError for a number of frames that does not divide or an uneven size.
+    """
+    _check_grid(vae.config, frames)
+    stride = vae.config.temporal_stride
+    if frames.shape[1] % stride:
+        raise ValueError(f"a chunk of {frames.shape[1]} frames; a multiple of {stride} is needed")
+    return _encode(vae, frames, state, first=False, precision=precision)
+
+
+def decode_first(
+    vae: VAE, latent: Array, state: State, *, precision: lax.Precision = HIGHEST
+) -> tuple[Array, State]:
+    """The first frame.
+
+    latent: [b, 1, h, w, z]; state: decoder_state(). Returns frames [b, 1, 8h, 8w, 3], float32 in
+    -1..1, and the next state. ValueError for another number of latent frames.
+    """
+    _check("latent", latent, vae.config.z_dim)
+    _check_one("latent", latent)
+    return _decode(vae, latent, state, first=True, precision=precision)
+
+
+def decode_next(
+    vae: VAE, latents: Array, state: State, *, precision: lax.Precision = HIGHEST
+) -> tuple[Array, State]:
+    """The frames of the latents after those that gave the state.
+
+    latents: [b, k, h, w, z]. Returns frames [b, 4k, 8h, 8w, 3], float32 in -1..1, and the next
+    state.
+    """
+    _check("latents", latents, vae.config.z_dim)
+    return _decode(vae, latents, state, first=False, precision=precision)
+
+
+Step = Callable[..., tuple[Array, State]]
+
+
+def _stream(
+    first: Step, following: Step, source: Array, state: State, *, chunk: int, read: int, write: int
+) -> Array:
+    """Run a video through in chunks that read and write so many frames per latent frame.
+
+    Frames are written in place into one output: stacking the chunks of a scan would copy it.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; a positive number of latent frames is needed")
+    count = (source.shape[1] - 1) // read
+    head, state = first(source[:, :1], state)
+    output = jnp.zeros((head.shape[0], 1 + count * write, *head.shape[2:]), head.dtype)
+    output = lax.dynamic_update_slice_in_dim(output, head, 0, axis=1)
+
+    def step(carry: tuple[Array, State], start: Array | int, size: int) -> tuple[Array, State]:
+        output, state = carry
+        piece = lax.dynamic_slice_in_dim(source, 1 + start * read, size * read, axis=1)
+        done, state = following(piece, state)
+        return lax.dynamic_update_slice_in_dim(output, done, 1 + start * write, axis=1), state
+
+    carry = (output, state)
+    whole = count // chunk * chunk
+    if whole:  # the bounds are static, so this is a scan
+        carry = lax.fori_loop(0, whole // chunk, lambda i, c: step(c, i * chunk, chunk), carry)
+    if count > whole:
+        carry = step(carry, whole, count - whole)
+    return carry[0]
+
+
+def encode(vae: VAE, frames: Array, *, chunk: int = 1, precision: lax.Precision = HIGHEST) -> Array:
+    """Latents of a whole video.
+
+    frames: [b, 1 + 4n, y, x, 3] in -1..1; chunk: latent frames at a time. Returns latents
+    [b, 1 + n, y/8, x/8, z], float32. ValueError for another number of frames or an uneven size.
+    """
+    config, stride = vae.config, vae.config.spatial_stride
+    _check_grid(config, frames)
+    batch, count, height, width, _ = frames.shape
+    if (count - 1) % config.temporal_stride:
+        n = config.temporal_stride
+        raise ValueError(f"{count} frames; 1 + {n}n are needed: 1, {1 + n}, {1 + 2 * n}, ...")
+    state = encoder_state(
+        config,
+        batch,
+        height=height // stride,
+        width=width // stride,
+        dtype=vae.encoder.conv_in.kernel.dtype,
+    )
+    return _stream(
+        functools.partial(encode_first, vae, precision=precision),
+        functools.partial(encode_next, vae, precision=precision),
+        frames,
+        state,
+        chunk=chunk,
+        read=config.temporal_stride,
+        write=1,
+    )
+
+
+def decode(
+    vae: VAE, latents: Array, *, chunk: int = 1, precision: lax.Precision = HIGHEST
+) -> Array:
+    """Frames of a whole video.
+
+    latents: [b, 1 + n, h, w, z]; chunk: latent frames at a time. Returns frames
+    [b, 1 + 4n, 8h, 8w, 3], float32 in -1..1.
+    """
+    _check("latents", latents, vae.config.z_dim)
+    batch, _, height, width, _ = latents.shape
+    dtype = vae.decoder.conv_in.kernel.dtype
+    return _stream(
+        functools.partial(decode_first, vae, precision=precision),
+        functools.partial(decode_next, vae, precision=precision),
+        latents,
+        decoder_state(vae.config, batch, height=height, width=width, dtype=dtype),
+        chunk=chunk,
+        read=1,
+        write=vae.config.temporal_stride,
+    )

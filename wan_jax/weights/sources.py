@@ -1,0 +1,138 @@
+"""A checkpoint folder as people have it on disk: which files hold which network, and its sizes."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from wan_jax.config import Defaults, DiTConfig, UMT5Config, VAEConfig, WanConfig, default_settings
+from wan_jax.dit import DiT
+from wan_jax.umt5 import UMT5
+from wan_jax.vae import VAE
+from wan_jax.weights import dit, trees, umt5, vae
+from wan_jax.weights.readers import SafetensorsReader, open_safetensors
+from wan_jax.weights.rules import Shape, Table
+
+PARTS = ("dit", "vae", "umt5")
+DEFAULTS_FILE = "wan_jax.json"
+PartConfig = DiTConfig | VAEConfig | UMT5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The files of one network, the naming they use, and the network's configuration."""
+
+    part: str
+    naming: str
+    reader: SafetensorsReader
+    config: PartConfig
+    table: Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A whole checkpoint in PyTorch files: {part: source}, the tokenizer's folder, the sizes."""
+
+    path: Path
+    sources: dict[str, Source]
+    tokenizer: Path
+    config: WanConfig
+
+
+def abstract_part(config: PartConfig, dtype: jnp.dtype) -> Any:
+    """The network of this configuration with shapes in place of arrays.
+
+    dtype is the compute dtype asked for; the VAE is float32 in either mode, as in the reference.
+    """
+    if isinstance(config, DiTConfig):
+        build: Callable[[], nnx.Module] = lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype)  # noqa: E731
+    elif isinstance(config, UMT5Config):
+        build = lambda: UMT5(config, rngs=nnx.Rngs(0), dtype=dtype)  # noqa: E731
+    else:
+        build = lambda: VAE(config, rngs=nnx.Rngs(0))  # noqa: E731
+    return trees.abstract(build)
+
+
+def part_table(config: PartConfig) -> Table:
+    """The rules of the network of this configuration."""
+    if isinstance(config, DiTConfig):
+        return dit.TABLE
+    return umt5.table(config) if isinstance(config, UMT5Config) else vae.table(config)
+
+
+def open_folder(path: Path) -> Folder:
+    """Find every part of a Diffusers folder, or of one with the original's DiT at its top.
+
+    Raises ValueError naming what is missing and where it was looked for.
+    """
+    sources = {
+        "dit": _open_dit(path),
+        "vae": _open_sub(path, "vae", vae.config_from_diffusers),
+        "umt5": _open_sub(path, "text_encoder", umt5.config_from_diffusers),
+    }
+    tokenizer = next(
+        (path / name for name in ("tokenizer", "google/umt5-xxl") if (path / name).is_dir()), None
+    )
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer/ and no google/umt5-xxl/; one is needed")
+    parts: dict[str, Any] = {name: source.config for name, source in sources.items()}
+    return Folder(path, sources, tokenizer, WanConfig(**parts, defaults=_defaults(path, parts["dit"])))
+
+
+def _defaults(path: Path, config: DiTConfig) -> Defaults:
+    file = path / DEFAULTS_FILE
+    return Defaults.from_dict(_json(file)) if file.is_file() else default_settings(config)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; it holds the network's dimensions") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}; an object is needed")
+    return values
+
+
+def _configured(file: Path, read: Callable[[], PartConfig]) -> PartConfig:
+    try:
+        return read()
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{file} lacks {error}; the network's dimensions cannot be read") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _open_dit(path: Path) -> Source:
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    if not any(folder.glob("*.safetensors*")):
+        raise ValueError(
+            f"{path} has neither transformer/*.safetensors (Diffusers layout) nor "
+            "diffusion_pytorch_model*.safetensors (original layout)"
+        )
+    reader = open_safetensors(folder)
+    shapes: dict[str, Shape] = {name: shape for name, (shape, _) in reader.shapes().items()}
+    file = folder / "config.json"
+    values = _json(file)
+    if "text_embedding.0.weight" in shapes:
+        config = _configured(file, lambda: dit.config_from_wan(values, shapes))
+        return Source("dit", "wan", reader, config, dit.TABLE)
+    config = _configured(file, lambda: dit.config_from_diffusers(values))
+    return Source("dit", "diffusers", reader, config, dit.TABLE)
+
+
+def _open_sub(path: Path, name: str, read: Callable[[dict[str, Any]], PartConfig]) -> Source:
+    folder = path / name
+    if not folder.is_dir():
+        raise ValueError(f"{path} has no folder {name}/ with safetensors and config.json")
+    file = folder / "config.json"
+    values = _json(file)
+    config = _configured(file, lambda: read(values))
+    part = "umt5" if isinstance(config, UMT5Config) else "vae"
+    return Source(part, "diffusers", open_safetensors(folder), config, part_table(config))
