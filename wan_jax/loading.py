@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from wan_jax.config import NANO_T2V, WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.weights import checkpoint, miniature
@@ -26,6 +29,7 @@ def load(
     dtype: str = "bfloat16",
     cache_dir: str | os.PathLike[str] | None = None,
     offload: bool = False,
+    text_on_cpu: bool = False,
     callback: Callback | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Wan:
@@ -34,27 +38,28 @@ def load(
     path: a converted checkpoint, or a folder in the Diffusers layout, or one with the original
     layout's DiT at its top, which is converted once into cache_dir; None makes and runs a small
     checkpoint of random weights. dtype: "bfloat16", or "float32" to compare number by number.
-    offload: each stage's weights leave the device when it is done. callback: told the progress;
-    notify: told in a sentence what is done that takes long. Raises ValueError naming what is wrong
-    with the folder.
+    offload: each stage's weights leave the device when it is done. text_on_cpu: UMT5 runs on the
+    host. callback: told the progress; notify: told in a sentence what takes long. Raises ValueError
+    naming what is wrong with the folder.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} is needed")
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     say = notify or (lambda _: None)
-    source = Path(path) if path is not None else _random_miniature(cache, say)
-    if not source.is_dir():
-        raise ValueError(
-            f"{source} is not a folder; a checkpoint in the Diffusers layout is needed, for example "
-            "`hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir DIR`"
-        )
-    folder = source if checkpoint.is_checkpoint(source) else _converted(
-        source, cache, dtype=dtype, callback=callback, say=say
-    )
+    source = _random_miniature(cache, say) if path is None else _existing(path)
+    folder = source
+    if not checkpoint.is_checkpoint(source):
+        folder = _converted(source, cache, dtype=dtype, callback=callback, say=say)
     config = checkpoint.read_config(folder)
+    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0]) if text_on_cpu else None
     loaders: dict[str, Callable[[], Any]] = {
         part: functools.partial(
-            checkpoint.restore, folder, part, config, dtype=dtype, sharding=None
+            checkpoint.restore,
+            folder,
+            part,
+            config,
+            dtype=dtype,
+            sharding=host if part == "umt5" else None,
         )
         for part in PARTS
     }
@@ -65,6 +70,29 @@ def load(
         for part in PARTS:
             wan.network(part, callback)
     return wan
+
+
+def read_config(path: str | os.PathLike[str] | None) -> WanConfig:
+    """The configuration of what load(path) would load; only headers are read.
+
+    Raises ValueError naming what is wrong with the folder.
+    """
+    if path is None:
+        return NANO_T2V
+    source = _existing(path)
+    if checkpoint.is_checkpoint(source):
+        return checkpoint.read_config(source)
+    return open_folder(source).config
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    source = Path(path)
+    if not source.is_dir():
+        raise ValueError(
+            f"{source} is not a folder; a checkpoint in the Diffusers layout is needed, for example "
+            "`hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir DIR`"
+        )
+    return source
 
 
 def _random_miniature(cache: Path, say: Callable[[str], None]) -> Path:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from wan_jax import xla
 from wan_jax.dit import Cond, DiT
 from wan_jax.schedulers import Row, Schedule
 
@@ -92,11 +93,10 @@ def step(
 
 
 # Compiled so that the carry's four parts are buffers of their own: the step donates each.
-_jitted_start = jax.jit(initial_state)
+_jitted_start = xla.jit(initial_state)
 
 
-@functools.partial(jax.jit, static_argnames="implementation", donate_argnames="state")
-def _jitted_step(
+def _checked_step(
     dit: DiT,
     state: State,
     row: Row,
@@ -106,6 +106,9 @@ def _jitted_step(
 ) -> tuple[State, Array]:
     state = step(dit, state, row, conds, guidance, implementation=implementation)
     return state, jnp.all(jnp.isfinite(state.x))
+
+
+_jitted_step = xla.jit(_checked_step, static_argnames="implementation", donate_argnames="state")
 
 
 def _rows(schedule: Schedule) -> list[Row]:
@@ -130,7 +133,9 @@ def sample(
     state = _jitted_start(noise_bthwc)
     scale, rows = np.float32(guidance), _rows(schedule)
     for i, row in enumerate(rows, start=1):
-        state, finite = _jitted_step(dit, state, row, tuple(conds), scale, implementation)
+        state, finite = _jitted_step(
+            dit, state, row, tuple(conds), scale, implementation=implementation
+        )
         if not bool(finite):
             raise DivergedError(
                 f"latents became NaN or infinite at step {i} of {len(rows)} "
@@ -141,7 +146,6 @@ def sample(
     return state.x
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
 def sample_scan(
     dit: DiT,
     noise_bthwc: Array,
@@ -151,7 +155,10 @@ def sample_scan(
     *,
     implementation: str | None = None,
 ) -> Array:
-    """The same as sample() in one program; table is a Schedule's, as float32 [steps, columns]."""
+    """The same as sample(), to be compiled as one program (xla.jit, implementation static).
+
+    table is a Schedule's, as float32 [steps, columns].
+    """
 
     def body(state: State, values: Array) -> tuple[State, None]:
         row = Row(*(values[i] for i in range(len(Row._fields))))

@@ -51,7 +51,7 @@ class Encoder(nnx.Module):
         make = functools.partial(Resample, rngs=rngs, dtype=dtype)
         stages = encoder_stages(config)
         self.conv_in = CausalConv3D(RGB, stages[0].d_in, (3, 3, 3), rngs=rngs, dtype=dtype)
-        self.stages = nnx.List()
+        self.stages: nnx.List[Blocks] = nnx.List()
         for s in stages:
             time = s.d_out if s.temporal else None
             resample = make(s.d_out, d_space=s.d_out, d_time=time) if s.resample else None
@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
         stages = decoder_stages(config)
         self.conv_in = CausalConv3D(config.z_dim, stages[0].d_in, (3, 3, 3), rngs=rngs, dtype=dtype)
         self.middle = Middle(stages[0].d_in, rngs=rngs, dtype=dtype)
-        self.stages = nnx.List()
+        self.stages: nnx.List[Blocks] = nnx.List()
         for s in stages:
             time = 2 * s.d_out if s.temporal else None
             resample = make(s.d_out, d_space=s.d_out // 2, d_time=time) if s.resample else None

@@ -6,6 +6,7 @@ Activations have the dtype of the weights, norms are float32. `precision` is tha
 convolutions (1x1 ones included) and counts for float32 weights only.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -134,8 +135,7 @@ class Blocks(nnx.Module):
     ) -> None:
         widths = (stage.d_in, *(stage.d_out for _ in range(stage.num_blocks)))
         self.blocks = nnx.List(
-            ResidualBlock(a, b, rngs=rngs, dtype=dtype)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            ResidualBlock(a, b, rngs=rngs, dtype=dtype) for a, b in itertools.pairwise(widths)
         )
         self.resample = resample
 
@@ -232,7 +232,9 @@ def conv1x1(p: Linear, x: Array, *, precision: lax.Precision) -> Array:
         precision=_precision(kernel, precision),
         preferred_element_type=jnp.float32,
     )
-    return (y + p.bias[...].astype(jnp.float32)).astype(kernel.dtype)
+    if p.bias is not None:
+        y = y + p.bias[...].astype(jnp.float32)
+    return y.astype(kernel.dtype)
 
 
 def norm(p: RMSNorm, x: Array) -> Array:

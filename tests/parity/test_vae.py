@@ -37,7 +37,7 @@ def _build(options):
     """The torch model and ours with the same random weights."""
     model = diffusers.AutoencoderKLWan(**options).eval()
     arrays = random_state_dict(_shapes(model))
-    # Without this an eighth of the frames would lie beyond the clamp and hide there.
+    # Smaller frames than these weights would give: what the clamp cuts cannot differ.
     arrays["decoder.conv_out.weight"] *= 0.3
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     config = table_lib.config_from_diffusers(dict(model.config))

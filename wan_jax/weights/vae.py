@@ -109,13 +109,15 @@ def _encoder_parts(shapes: Mapping[str, Shape], naming: str) -> tuple[list[list[
     temporal = []
     for k in itertools.count():
         name = f"{prefix}.{k}"
-        if (block := shapes.get(f"{name}.{conv}")) is not None:
+        block = shapes.get(f"{name}.{conv}")
+        if block is not None:
             widths[-1].append(block[0])
         elif f"{name}.resample.1.weight" in shapes:
             widths.append([])
             temporal.append(f"{name}.time_conv.weight" in shapes)
         else:
-            return widths, temporal
+            break
+    return widths, temporal
 
 
 def config_from_shapes(shapes: Mapping[str, Shape], naming: str) -> VAEConfig:

@@ -1,0 +1,25 @@
+"""Text to video and text to image from the command line.
+
+    python run_t2v.py --task t2v-1.3B --ckpt_dir DIR --prompt "Two cats box on a spotlit stage."
+
+Takes the flags of Wan2.1's generate.py. Without --task and --ckpt_dir it runs a small network of
+random weights. `python run_t2v.py --help` lists every flag.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from wan_jax import cli
+
+TASKS = ("t2v-1.3B", "t2v-14B", "t2i-14B")
+
+
+def main(values: flags.FlagValues) -> None:
+    """Check everything, then run."""
+    cli.execute(values, cli.plan(values, Path(__file__).parent / "configs"))
+
+
+if __name__ == "__main__":
+    cli.define_flags(TASKS)
+    cli.run(main)
