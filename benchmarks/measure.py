@@ -38,7 +38,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def child(script: str, arguments: Sequence[str], *, environment: dict[str, str] | None = None) -> Any:
+def child(
+    script: str, arguments: Sequence[str], *, environment: dict[str, str] | None = None
+) -> Any:
     """Run `python script arguments` and return the JSON object on its last line of output.
 
     Each system is measured in a process of its own, so that neither holds the other's memory.

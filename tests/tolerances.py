@@ -8,7 +8,7 @@ SOLVER_PRINTED_DIGIT = 5e-9
 SOLVER_FLOAT64 = 1e-12
 # Error ratio when steps double, over a smooth stretch: measured within 2.5% of 2 to the order.
 SOLVER_ORDER_RATIO = 0.05
-# Order over a whole run: 2 less a logarithm from the singular ends of lambda; measured 1.69 or more.
+# Order over a whole run: 2 less a logarithm from the singular ends of lambda; measured 1.69 up.
 SOLVER_WHOLE_RUN_ORDER = 1.5
 
 # DiT
@@ -33,3 +33,7 @@ VAE_PARITY = 1e-5  # float32 convolutions summed in another order, through some 
 VAE_STREAMING = 2e-6  # the same sums, split otherwise when a chunk is longer; measured 8e-7
 VAE_BFLOAT16 = 2e-2  # some fifty roundings to 8 bits; measured 9e-3
 VAE_CLAMPED_SHARE = 0.02  # values at the clamp compare as equal whatever they were
+
+# DiT against the original Wan2.1 code
+DIT_ORIGINAL = 2e-6  # float32 sums in another order; the original is 3.8e-7 from float64
+DIT_ORIGINAL_BFLOAT16_RATIO = 1.05  # the same roundings fall otherwise; an extra one costs more

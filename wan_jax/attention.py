@@ -97,9 +97,7 @@ def _splash(q: Array, k: Array, v: Array) -> Array:
     )
     run = kernel.make_splash_mha(
         mask=mask.MultiHeadMask([mask.FullMask((q.shape[2], k.shape[2]))] * n),
-        block_sizes=kernel.BlockSizes(
-            block_q=block_q, block_kv=block_k, block_kv_compute=block_k
-        ),
+        block_sizes=kernel.BlockSizes(block_q=block_q, block_kv=block_k, block_kv_compute=block_k),
         head_shards=1,
         q_seq_shards=1,
     )
@@ -117,16 +115,12 @@ def _chunked(q: Array, k: Array, v: Array) -> Array:
     block_k = min(_CHUNK_KEYS, keys)
     block_q = max(1, min(s, _CHUNK_ELEMENTS // (b * n * block_k)))
     q, k, v = _pad(q, 1, block_q), _pad(k, 1, block_k), _pad(v, 1, block_k)
-    blocks_k, blocks_v = (
-        x.reshape(b, -1, block_k, n, d).transpose(1, 0, 3, 2, 4) for x in (k, v)
-    )
+    blocks_k, blocks_v = (x.reshape(b, -1, block_k, n, d).transpose(1, 0, 3, 2, 4) for x in (k, v))
     starts = jnp.arange(blocks_k.shape[0], dtype=jnp.int32) * block_k
     precision = precision_of(q.dtype)
 
     def product(subscripts: str, x: Array, y: Array) -> Array:
-        return jnp.einsum(
-            subscripts, x, y, precision=precision, preferred_element_type=jnp.float32
-        )
+        return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
     def over_keys(q_bnsk: Array) -> Array:
         def step(

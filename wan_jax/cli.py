@@ -115,7 +115,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         values = [n.value for n in module.body if isinstance(n, ast.Assign)]
         settings = ast.literal_eval(values[0])
     except (OSError, SyntaxError, ValueError, IndexError) as error:
-        raise ValueError(f"--config {path} is not a file with one `config = {{...}}`: {error}") from error
+        raise ValueError(
+            f"--config {path} is not a file with one `config = {{...}}`: {error}"
+        ) from error
     known = {"sizes", "size", "frames", "steps", "shift", "guidance", "solver", "negative_prompt"}
     unknown = sorted(set(settings) - known)
     if unknown:
@@ -173,7 +175,9 @@ def _check_parallel(values: flags.FlagValues) -> None:
 
 def _settings(values: flags.FlagValues, configs: Path) -> dict[str, Any]:
     if values.task is not None and values.config is not None:
-        raise ValueError(f"--task {values.task} and --config {values.config} are both given; need one")
+        raise ValueError(
+            f"--task {values.task} and --config {values.config} are both given; need one"
+        )
     if values.task is not None and values.ckpt_dir is None:
         repository = f"Wan-AI/Wan2.1-{values.task.upper().replace('T2I', 'T2V')}-Diffusers"
         raise ValueError(
@@ -239,8 +243,11 @@ class Reporter:
 
     def __call__(self, progress: Progress) -> None:
         if progress.done == 0 or self._bar is None:
-            unit = {"unit": "B", "unit_scale": True} if progress.stage == "convert" else {}
-            self._bar = tqdm(total=progress.total, desc=progress.stage, **unit)
+            in_bytes = progress.stage == "convert"
+            unit = "B" if in_bytes else "it"
+            self._bar = tqdm(
+                total=progress.total, desc=progress.stage, unit=unit, unit_scale=in_bytes
+            )
             self._started = time.perf_counter()
         self._bar.total = progress.total
         self._bar.update(progress.done - self._bar.n)

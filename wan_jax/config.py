@@ -95,7 +95,7 @@ class DiTConfig(_Json):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig(_Json):
-    """The causal 3D VAE. Latent channel c is normalised as (x - latents_mean[c]) / latents_std[c]."""
+    """The causal 3D VAE. Latent channel c is stored as (x - latents_mean[c]) / latents_std[c]."""
 
     base_dim: int = 96
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -192,10 +192,16 @@ class WanConfig:
     @classmethod
     def from_json(cls, text: str) -> Self:
         values = json.loads(text)
-        kinds = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "defaults": Defaults}
+        kinds: dict[str, type[_Json]] = {
+            "dit": DiTConfig,
+            "vae": VAEConfig,
+            "umt5": UMT5Config,
+            "defaults": Defaults,
+        }
         unknown = sorted(set(values) - set(kinds))
         _require(not unknown, f"config.json has unknown sections {unknown}; known: {list(kinds)}")
-        return cls(**{name: kinds[name].from_dict(part) for name, part in values.items()})  # type: ignore[arg-type]
+        parts: dict[str, Any] = {k: kinds[k].from_dict(part) for k, part in values.items()}
+        return cls(**parts)
 
 
 T2V_1_3B = WanConfig(

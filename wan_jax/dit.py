@@ -70,9 +70,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         d = config.dim
-        self.q, self.k, self.v, self.o = (
-            Linear(d, d, rngs=rngs, dtype=dtype) for _ in range(4)
-        )
+        self.q, self.k, self.v, self.o = (Linear(d, d, rngs=rngs, dtype=dtype) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
 
 
@@ -100,9 +98,7 @@ class DiT(nnx.Module):
         d, f32 = config.dim, jnp.float32
         small = normal(0.02)
         self.config = config
-        self.patch = Linear(
-            (*config.patch_size, config.in_channels), d, rngs=rngs, dtype=dtype
-        )
+        self.patch = Linear((*config.patch_size, config.in_channels), d, rngs=rngs, dtype=dtype)
         self.text_in = Linear(config.text_dim, d, rngs=rngs, dtype=dtype, init=small)
         self.text_out = Linear(d, d, rngs=rngs, dtype=dtype, init=small)
         self.time_in = Linear(config.freq_dim, d, rngs=rngs, dtype=f32, init=small)
@@ -120,7 +116,7 @@ class DiT(nnx.Module):
 
         Rows past the text are zero and stay in: the network attends to them (Wan2.1 text_len pads).
         """
-        b, s, width = context_bsd.shape
+        _, s, width = context_bsd.shape
         if s > self.config.text_len or width != self.config.text_dim:
             raise ValueError(
                 f"context has shape {context_bsd.shape}; at most {self.config.text_len} rows of "
@@ -205,9 +201,7 @@ class DiT(nnx.Module):
 
         weights = layer.cross_attn
         q = rms_norm(weights.norm_q, linear(weights.q, _norm3(layer, h, eps)), eps=eps)
-        y = attention(
-            self._heads(q.astype(kv.k.dtype)), kv.k, kv.v, implementation=implementation
-        )
+        y = attention(self._heads(q.astype(kv.k.dtype)), kv.k, kv.v, implementation=implementation)
         h = h + linear(weights.o, y.reshape(h.shape)).astype(jnp.float32)
 
         x = layer_norm(h, eps=eps) * (1.0 + scale2) + shift2
@@ -254,9 +248,7 @@ def sinusoid(t_b: Array, width: int) -> Array:
     cos = jnp.asarray(np.cos(angles), jnp.float32)[whole]
     sin = jnp.asarray(np.sin(angles), jnp.float32)[whole]
     cos_rest, sin_rest = jnp.cos(rest), jnp.sin(rest)
-    return jnp.concatenate(
-        [cos * cos_rest - sin * sin_rest, sin * cos_rest + cos * sin_rest], -1
-    )
+    return jnp.concatenate([cos * cos_rest - sin * sin_rest, sin * cos_rest + cos * sin_rest], -1)
 
 
 def _patchify(latents: Array, config: DiTConfig) -> tuple[rope.Grid, Array]:

@@ -89,7 +89,7 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     source = Path(path)
     if not source.is_dir():
         raise ValueError(
-            f"{source} is not a folder; a checkpoint in the Diffusers layout is needed, for example "
+            f"{source} is not a folder; a checkpoint in the Diffusers layout is needed, e.g. from "
             "`hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir DIR`"
         )
     return source

@@ -188,7 +188,7 @@ def _ffmpeg() -> str:
     """The ffmpeg to run; ValueError naming what to install if there is none with libx264."""
     try:
         # Here, so that .png and .npz work without it.
-        import imageio_ffmpeg  # type: ignore[import-untyped]
+        import imageio_ffmpeg
 
         program: str = imageio_ffmpeg.get_ffmpeg_exe()
         if not _has_libx264(program):

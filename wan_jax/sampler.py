@@ -45,7 +45,7 @@ def initial_state(noise_bthwc: Array) -> State:
 def velocity(
     dit: DiT,
     x: Array,
-    t: Array,
+    t: Array | float,
     conds: Sequence[Cond],
     guidance: Array,
     *,
@@ -112,7 +112,7 @@ _jitted_step = xla.jit(_checked_step, static_argnames="implementation", donate_a
 
 
 def _rows(schedule: Schedule) -> list[Row]:
-    return [Row(*(np.float32(value) for value in values)) for values in schedule.table]
+    return [Row._make(np.float32(value) for value in values) for values in schedule.table]
 
 
 def sample(
@@ -161,7 +161,7 @@ def sample_scan(
     """
 
     def body(state: State, values: Array) -> tuple[State, None]:
-        row = Row(*(values[i] for i in range(len(Row._fields))))
+        row = Row._make(values[i] for i in range(len(Row._fields)))
         return step(dit, state, row, conds, guidance, implementation=implementation), None
 
     state, _ = lax.scan(body, initial_state(noise_bthwc), table)

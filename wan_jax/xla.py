@@ -14,10 +14,11 @@ def compiler_options() -> dict[str, bool | str]:
     times slower on an H200). CPU: code motion would convert all layers of a bfloat16 stack to
     float32 before the scan, 18 GiB for UMT5-XXL.
     """
-    return {
+    options: dict[str, dict[str, bool | str]] = {
         "gpu": {"xla_gpu_force_conv_nhwc": True},
         "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
-    }.get(jax.default_backend(), {})
+    }
+    return options.get(jax.default_backend(), {})
 
 
 def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:

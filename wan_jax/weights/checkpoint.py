@@ -142,7 +142,12 @@ def restore(
 
 def digest(folder: Folder, dtype: str) -> str:
     """A short name for what converting this folder would give: files, sizes, times and dtype."""
-    facts = [str(folder.path.resolve()), dtype, str(FORMAT), json.dumps(dataclasses.asdict(folder.config))]
+    facts = [
+        str(folder.path.resolve()),
+        dtype,
+        str(FORMAT),
+        json.dumps(dataclasses.asdict(folder.config)),
+    ]
     for source in folder.sources.values():
         for file in source.reader.files:
             status = file.stat()

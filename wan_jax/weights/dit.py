@@ -63,7 +63,9 @@ def config_from_wan(values: Mapping[str, Any], shapes: Mapping[str, Shape]) -> D
     """
     kind = values.get("model_type", "t2v")
     if kind != "t2v":
-        raise ValueError(f"config.json has model_type {kind!r}; only 't2v' checkpoints are supported")
+        raise ValueError(
+            f"config.json has model_type {kind!r}; only 't2v' checkpoints are supported"
+        )
     return DiTConfig(
         dim=values["dim"],
         ffn_dim=values["ffn_dim"],
@@ -94,8 +96,8 @@ def config_from_diffusers(values: Mapping[str, Any]) -> DiTConfig:
     for name, needed in fixed.items():
         if values.get(name, needed) != needed:
             raise ValueError(
-                f"transformer/config.json has {name} = {values[name]!r}; a text-to-video checkpoint "
-                f"with {needed!r} is needed"
+                f"transformer/config.json has {name} = {values[name]!r}; {needed!r} is needed, "
+                "as in a text-to-video checkpoint"
             )
     return DiTConfig(
         dim=values["num_attention_heads"] * values["attention_head_dim"],

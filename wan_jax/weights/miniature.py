@@ -1,4 +1,4 @@
-"""A small checkpoint of random weights in the Diffusers layout, to run everything without a download."""
+"""A small checkpoint of random weights in the Diffusers layout: everything runs, no download."""
 
 import dataclasses
 import json

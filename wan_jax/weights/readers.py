@@ -69,13 +69,17 @@ def open_safetensors(folder: Path) -> SafetensorsReader:
     """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
-        raise ValueError(f"{folder} has {len(indexes)} index files {_names(indexes)}; one is needed")
+        raise ValueError(
+            f"{folder} has {len(indexes)} index files {_names(indexes)}; one is needed"
+        )
     if indexes:
         return _open_sharded(indexes[0])
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         found = f"{len(files)} without an index: {_names(files)}" if files else "none"
-        raise ValueError(f"{folder} needs one .safetensors file, or several and an index; found {found}")
+        raise ValueError(
+            f"{folder} needs one .safetensors file, or several and an index; found {found}"
+        )
     return SafetensorsReader(files)
 
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 Shape = tuple[int, ...]
+Abstract = jax.ShapeDtypeStruct | jax.Array | np.ndarray  # only the shape and dtype are read
 NAMINGS = ("wan", "diffusers")
 
 
@@ -37,7 +38,11 @@ class Layout:
 
     def source_shape(self, target: Shape) -> Shape:
         """Shape of the source tensor that fills a target of this shape."""
-        return self.invert(np.empty(target, np.bool_)).shape if self.squeeze or self.permute else target
+        order = np.argsort(self.permute) if self.permute is not None else range(len(target))
+        shape = [target[axis] for axis in order]
+        for axis in self.squeeze:
+            shape.insert(axis, 1)
+        return tuple(shape)
 
 
 SAME = Layout()
@@ -85,7 +90,7 @@ class Assignment:
     """One target, the source names that fill it in order, and how."""
 
     target: str
-    abstract: jax.ShapeDtypeStruct
+    abstract: Abstract
     sources: tuple[str, ...]
     layout: Layout
     stacked: bool
@@ -108,7 +113,7 @@ class Reader(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-def _expand(rule: Rule, naming: str, abstract: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+def _expand(rule: Rule, naming: str, abstract: Abstract) -> tuple[str, ...]:
     template = rule.source(naming)
     if not rule.stacked:
         return (template,)
@@ -125,7 +130,7 @@ def _report(lists: Mapping[str, list[str]], what: str) -> str:
 
 def resolve(
     table: Table,
-    targets: Mapping[str, jax.ShapeDtypeStruct],
+    targets: Mapping[str, Abstract],
     *,
     naming: str,
     names: Sequence[str],
@@ -215,7 +220,7 @@ def export(
     """Yield (source name, array in the source's layout): apply() backwards, dtypes kept."""
     for rule in table.rules:
         array = np.asarray(arrays[rule.target])
-        names = _expand(rule, naming, jax.ShapeDtypeStruct(array.shape, array.dtype))
+        names = _expand(rule, naming, array)
         parts = array if rule.stacked else (array,)
         for name, part in zip(names, parts, strict=True):
             yield name, np.ascontiguousarray(rule.layout.invert(part))

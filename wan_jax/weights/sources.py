@@ -49,12 +49,10 @@ def abstract_part(config: PartConfig, dtype: jnp.dtype) -> Any:
     dtype is the compute dtype asked for; the VAE is float32 in either mode, as in the reference.
     """
     if isinstance(config, DiTConfig):
-        build: Callable[[], nnx.Module] = lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype)  # noqa: E731
-    elif isinstance(config, UMT5Config):
-        build = lambda: UMT5(config, rngs=nnx.Rngs(0), dtype=dtype)  # noqa: E731
-    else:
-        build = lambda: VAE(config, rngs=nnx.Rngs(0))  # noqa: E731
-    return trees.abstract(build)
+        return trees.abstract(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype))
+    if isinstance(config, UMT5Config):
+        return trees.abstract(lambda: UMT5(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return trees.abstract(lambda: VAE(config, rngs=nnx.Rngs(0)))
 
 
 def part_table(config: PartConfig) -> Table:
@@ -80,7 +78,8 @@ def open_folder(path: Path) -> Folder:
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer/ and no google/umt5-xxl/; one is needed")
     parts: dict[str, Any] = {name: source.config for name, source in sources.items()}
-    return Folder(path, sources, tokenizer, WanConfig(**parts, defaults=_defaults(path, parts["dit"])))
+    config = WanConfig(**parts, defaults=_defaults(path, parts["dit"]))
+    return Folder(path, sources, tokenizer, config)
 
 
 def _defaults(path: Path, config: DiTConfig) -> Defaults:
@@ -104,7 +103,7 @@ def _configured(file: Path, read: Callable[[], PartConfig]) -> PartConfig:
     try:
         return read()
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{file} lacks {error}; the network's dimensions cannot be read") from error
+        raise ValueError(f"{file} lacks {error}, a dimension of the network") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -1,7 +1,7 @@
 """Modules to {path: array} and back."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -10,9 +10,11 @@ from jax import tree_util
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def _path(keys: tuple) -> str:
-    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in keys]
-    return ".".join(part for part in parts if part != "value")
+def _path(keys: tuple[Any, ...]) -> str:
+    def name(key: Any) -> str:
+        return str(next(getattr(key, a) for a in ("name", "key", "idx") if hasattr(key, a)))
+
+    return ".".join(part for part in map(name, keys) if part != "value")
 
 
 def abstract(build: Callable[[], Module]) -> Module:

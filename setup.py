@@ -1,0 +1,47 @@
+"""wan_jax: Wan2.1 video generation in JAX. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="wan_jax",
+    version="0.1.0",
+    description="Wan2.1 video generation in JAX and Flax, for GPUs and TPUs",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["wan_jax", "wan_jax.*"]),
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12,<0.13",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12.4,<0.13",
+        "numpy>=2.0",
+        "absl-py>=2.1",
+        "etils[epath]>=1.9",
+        "ftfy>=6.1",
+        "imageio[ffmpeg]>=2.34",
+        "safetensors>=0.5",
+        "tokenizers>=0.20",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10,<0.13", "nvidia-cudnn-cu13>=9.15"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        # torch is pinned to the release with a CPU build that the parity bounds were set on.
+        "test": [
+            "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "torch==2.13.0",
+            "diffusers==0.42.1",
+            "transformers==5.23.0",
+        ],
+    },
+)
