@@ -59,7 +59,7 @@ def run_ours(model: str) -> dict[str, float]:
     }
 
 
-def run_diffusers(model: str) -> dict[str, float]:
+def run_diffusers(model: str, backends: list[str]) -> dict[str, float | str]:
     import torch
     from diffusers import WanTransformer3DModel
 
@@ -90,10 +90,10 @@ def run_diffusers(model: str) -> dict[str, float]:
         torch.cuda.synchronize()
 
     best = {}
-    for backend in ("native", "_native_cudnn"):
+    for backend in backends:
         network.set_attention_backend(backend)
         torch.cuda.reset_peak_memory_stats()
-        seconds = median_seconds(forward, warmups=2, repeats=5)
+        seconds = median_seconds(forward, warmups=2, repeats=3 if model == "14B" else 5)
         peak = torch.cuda.max_memory_allocated() / 2**30
         if not best or seconds < best["seconds"]:
             best = {"seconds": seconds, "peak_gib": peak, "backend": backend}
@@ -103,17 +103,22 @@ def run_diffusers(model: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--backends", default="native,_native_cudnn", help="diffusers' attention")
     parser.add_argument("--child", choices=("wan_jax", "diffusers"))
     arguments = parser.parse_args()
     names = arguments.models.split(",")
     if arguments.child:
-        run = run_ours if arguments.child == "wan_jax" else run_diffusers
-        report(run(names[0]))
+        if arguments.child == "wan_jax":
+            report(run_ours(names[0]))
+        else:
+            report(run_diffusers(names[0], arguments.backends.split(",")))
         return
     rows = []
     for model in names:
         results = {
-            system: child(__file__, ["--child", system, "--models", model])
+            system: child(
+                __file__, ["--child", system, "--models", model, "--backends", arguments.backends]
+            )
             for system in ("diffusers", "wan_jax")
         }
         for system, result in results.items():
@@ -122,6 +127,7 @@ def main() -> None:
                 row["tflop_per_s"] = forward_tflop(model) / result["seconds"]
                 row["ratio"] = result["seconds"] / results["diffusers"].get("seconds", float("nan"))
             rows.append(row)
+            print(row, flush=True)
     import jax
 
     device = jax.devices()[0].device_kind
