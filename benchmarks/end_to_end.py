@@ -2,9 +2,9 @@
 
     python benchmarks/end_to_end.py [--model 1.3B] [--steps 50] [--mp4 PATH]
 
-Ours runs the product's own path: tokenizer, UMT5-XXL, the DiT with guidance, the VAE, the mp4. The
-peer runs what can be compared: as many steps with guidance of diffusers' transformer, compiled, with
-its UniPC scheduler. Both are warm: two steps (and for ours a whole decode) are run first. Weights
+Ours runs the product's own path: tokenizer, UMT5-XXL, the DiT with guidance, the VAE, the mp4.
+The peer runs what can be compared: as many steps of diffusers' compiled transformer with
+guidance and UniPC. Both are warm: two steps (and for ours a whole decode) are run first. Weights
 are made on the card. Prints one table and writes results/end_to_end_MODEL.json. Needs a CUDA GPU,
 torch and diffusers.
 """

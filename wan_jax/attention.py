@@ -105,7 +105,9 @@ def _splash(q: Array, k: Array, v: Array) -> Array:
     if k.shape[2] != keys:  # real queries and keys are segment 0, padded keys segment 1
         padded = (jnp.arange(k.shape[2]) >= keys).astype(jnp.int32)
         segments = kernel.SegmentIds(q=jnp.zeros((q.shape[2],), jnp.int32), kv=padded)
-    out = jax.vmap(functools.partial(run, segment_ids=segments))(q, k, v)
+    # The kernel takes the global precision, and Mosaic compiles no bfloat16 product at "highest".
+    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
+        out = jax.vmap(functools.partial(run, segment_ids=segments))(q, k, v)
     return out.swapaxes(1, 2)[:, :s, :, :d]
 
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import datetime
+import functools
 import math
 import sys
 import time
@@ -50,10 +51,14 @@ class _Words(flags.ArgumentParser):
         return "True or False"
 
 
-def define_flags(tasks: Sequence[str]) -> None:
-    """Define the reference's flags and ours; `tasks` are the values of --task."""
-    string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    flags.DEFINE_enum("task", None, list(tasks), "What to run; without it, the checkpoint's own.")
+def define_flags(tasks: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the reference's flags and ours on `values`; `tasks` are the values of --task."""
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    switch = functools.partial(flags.DEFINE_bool, flag_values=values)
+    choice = functools.partial(flags.DEFINE_enum, flag_values=values)
+    choice("task", None, list(tasks), "What to run; without it, the checkpoint's own defaults.")
     string("ckpt_dir", None, "Checkpoint folder: Diffusers layout, or one converted before.")
     string("config", None, "A file like those in configs/, instead of --task.")
     string("size", None, "Width*height in pixels, multiples of 16, such as 832*480.")
@@ -67,16 +72,15 @@ def define_flags(tasks: Sequence[str]) -> None:
     integer("base_seed", -1, "Seed of the noise; -1 draws one and prints it.")
     string("noise_file", None, "Initial noise instead of a seed's: .npy, float [16, T, h, w].")
     string("save_file", None, "Output: .mp4, .png for one frame, or .npz (floats and latents).")
-    flags.DEFINE(
-        _Words(), "offload_model", None, "True: a stage's weights leave the device when it is done."
-    )
-    flags.DEFINE_bool("t5_cpu", False, "Run the text encoder on the CPU.")
-    flags.DEFINE_enum("dtype", "bfloat16", loading.DTYPES, "float32 is for comparing numbers.")
+    words, text = _Words(), "True: a stage's weights leave the device when it is done."
+    flags.DEFINE(words, "offload_model", None, text, flag_values=values)
+    switch("t5_cpu", False, "Run the text encoder on the CPU.")
+    choice("dtype", "bfloat16", loading.DTYPES, "float32 is for comparing numbers.")
     string("cache_dir", None, f"Converted checkpoints; default {loading.default_cache_dir()}.")
     for name in ("ulysses_size", "ring_size"):
         integer(name, 1, "Devices that share one video; only 1 is supported so far.")
     for name in ("dit_fsdp", "t5_fsdp"):
-        flags.DEFINE_bool(name, False, "Shard the weights; not supported so far.")
+        switch(name, False, "Shard the weights; not supported so far.")
 
 
 def run(main: Callable[[flags.FlagValues], None]) -> None:

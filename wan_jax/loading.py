@@ -67,8 +67,11 @@ def load(
         config, load_tokenizer(folder / checkpoint.TOKENIZER), loaders, dtype=dtype, offload=offload
     )
     if not offload:
-        for part in PARTS:
-            wan.network(part, callback)
+        for done, part in enumerate((*PARTS, None)):
+            if callback is not None:
+                callback(Progress("load", done, len(PARTS)))
+            if part is not None:
+                wan.network(part)
     return wan
 
 

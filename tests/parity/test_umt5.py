@@ -120,7 +120,7 @@ def test_bfloat16_is_as_close_to_float64_as_torch(truth: np.ndarray) -> None:
 
 _ATTENTION = r"encoder\.block\.(\d+)\.layer\.0\."
 _FFN = r"encoder\.block\.(\d+)\.layer\.1\."
-_WAN_NAMES = {  # REFERENCE.md 10.3, from the right column to the left
+_WAN_NAMES = {  # Diffusers name to the name in Wan2.1
     r"shared\.weight": "token_embedding.weight",
     _ATTENTION + r"layer_norm\.weight": r"blocks.\1.norm1.weight",
     _ATTENTION + r"SelfAttention\.([qkvo])\.weight": r"blocks.\1.attn.\2.weight",

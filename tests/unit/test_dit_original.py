@@ -118,9 +118,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_original() -> None:
 
 
 def test_golden_is_what_its_facts_say() -> None:
-    for run, single, half in zip(
-        FACTS["runs"], ARRAYS["float32"], ARRAYS["bfloat16"], strict=True
-    ):
+    for run, single, half in zip(FACTS["runs"], ARRAYS["float32"], ARRAYS["bfloat16"], strict=True):
         stored = run["bfloat16_from_float32"]
         assert relative_l2(half, single) == pytest.approx(stored, rel=tolerances.DIT_ORIGINAL)
         assert run["float32_from_float64"] <= tolerances.DIT_ORIGINAL

@@ -1,0 +1,46 @@
+"""Fixtures shared by the unit tests: one tiny checkpoint on disk, and it loaded."""
+
+from pathlib import Path
+
+import pytest
+
+import wan_jax
+from wan_jax.config import Defaults, DiTConfig, UMT5Config, VAEConfig, WanConfig
+from wan_jax.weights import miniature
+
+# Every part of Wan2.1 at its smallest; the strides, and so the multiples of sizes, are the real ones.
+TINY = WanConfig(
+    dit=DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, freq_dim=32),
+    vae=VAEConfig(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1),
+    umt5=UMT5Config(vocab_size=384, dim=16, num_heads=2, head_dim=8, ffn_dim=32, num_layers=2),
+    defaults=Defaults(
+        size=(32, 16),
+        frames=5,
+        steps=2,
+        guidance=3.0,
+        shift=4.0,
+        solver="dpm++",
+        negative_prompt="blurry",
+        fps=8,
+    ),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of random weights in the Diffusers layout; tests copy it before they change it."""
+    path = tmp_path_factory.mktemp("source") / "tiny"
+    miniature.write(path, config=TINY, seed=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tiny_source is converted; other tests use caches of their own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def wan(tiny_source: Path, tiny_cache: Path) -> wan_jax.Wan:
+    """tiny_source in float32, its networks on the device."""
+    return wan_jax.load(tiny_source, dtype="float32", cache_dir=tiny_cache)

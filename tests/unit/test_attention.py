@@ -1,0 +1,149 @@
+"""Attention on the CPU: the chunked form against float64, and every refusal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tolerances
+from tests.random_weights import relative_l2
+from wan_jax import attention as module
+from wan_jax.attention import attention
+
+
+def draw(
+    queries: int, keys: int, *, b: int = 2, n: int = 3, k: int = 16, dtype: jnp.dtype = jnp.float32
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k, v of random values."""
+    stream = np.random.RandomState(queries * 10007 + keys)
+    return tuple(
+        jnp.asarray(stream.standard_normal((b, length, n, k)).astype(np.float32), dtype)
+        for length in (queries, keys, keys)
+    )
+
+
+def exact(q: jax.Array, k: jax.Array, v: jax.Array) -> np.ndarray:
+    """Softmax attention in float64 NumPy."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("bsnk,btnk->bnst", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bnst,btnk->bsnk", weights, v)
+
+
+def chunked(*operands: jax.Array) -> jax.Array:
+    # A fresh function: jit would remember the chunk sizes of another test.
+    return jax.jit(lambda q, k, v: attention(q, k, v, implementation="chunked"))(*operands)
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch, elements: int, keys: int) -> None:
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(module, "_CHUNK_KEYS", keys)
+
+
+LENGTHS = [(1, 1), (7, 1), (1, 7), (13, 13), (29, 31), (45, 20), (5, 129)]
+BOUNDS = {jnp.float32: tolerances.ATTENTION_FLOAT32, jnp.bfloat16: tolerances.ATTENTION_BFLOAT16}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_default_on_the_cpu_equals_float64(lengths: tuple[int, int], dtype: jnp.dtype) -> None:
+    operands = draw(*lengths, dtype=dtype)
+    out = jax.jit(attention)(*operands)
+    assert out.shape == operands[0].shape and out.dtype == dtype
+    assert relative_l2(out, exact(*operands)) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("chunk", [(1, 1), (2 * 3 * 4 * 5, 4), (2 * 3 * 8 * 13, 8), (10**6, 16)])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_chunks_of_any_size_equal_float64(
+    lengths: tuple[int, int],
+    chunk: tuple[int, int],
+    dtype: jnp.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_chunks(monkeypatch, *chunk)
+    operands = draw(*lengths, dtype=dtype)
+    out = chunked(*operands)
+    assert out.shape == operands[0].shape and out.dtype == dtype
+    assert relative_l2(out, exact(*operands)) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("k", [2, 48, 128])
+def test_any_head_width(k: int) -> None:
+    operands = draw(17, 19, k=k)
+    assert relative_l2(chunked(*operands), exact(*operands)) <= tolerances.ATTENTION_FLOAT32
+
+
+def test_real_chunk_sizes_at_a_length_above_them() -> None:
+    operands = draw(300, module._CHUNK_KEYS * 2 + 77, b=1, n=2)
+    assert relative_l2(chunked(*operands), exact(*operands)) <= tolerances.ATTENTION_FLOAT32
+
+
+def test_padding_of_keys_never_reaches_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero keys would win over real ones whose scores are far below zero."""
+    small_chunks(monkeypatch, 2 * 3 * 8 * 5, 8)
+    q, k, v = draw(11, 9)
+    ones = jnp.ones_like(q)
+    out = chunked(30.0 * ones, jnp.abs(k) * -30.0, v)
+    assert (
+        relative_l2(out, exact(30.0 * ones, jnp.abs(k) * -30.0, v)) <= tolerances.ATTENTION_FLOAT32
+    )
+
+
+def test_large_scores_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest score comes in the last chunk, so every earlier sum is faded to nothing."""
+    small_chunks(monkeypatch, 10**4, 4)
+    q, k, v = draw(3, 13)
+    k = k.at[:, -1].set(1e4 * q[:, 0])
+    out = chunked(q[:, :1], k, v)
+    np.testing.assert_array_equal(out[:, 0], v[:, -1])
+
+
+def test_memory_of_the_chunked_form_does_not_hold_all_scores() -> None:
+    s, n = 8192, 2
+    shape = jax.ShapeDtypeStruct((1, s, n, 16), jnp.bfloat16)
+    compiled = jax.jit(attention).lower(shape, shape, shape).compile()
+    scores = 4 * n * s * s
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary <= tolerances.ATTENTION_CHUNKED_SHARE * scores
+
+
+def test_unknown_implementation_is_named() -> None:
+    operands = draw(4, 4)
+    with pytest.raises(ValueError, match="'flash3'.*cudnn.*splash.*chunked"):
+        attention(*operands, implementation="flash3")
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_cudnn_on_the_cpu_raises(dtype: jnp.dtype) -> None:
+    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU, this is cpu"):
+        attention(*draw(4, 4, dtype=dtype), implementation="cudnn")
+
+
+def test_splash_on_the_cpu_raises() -> None:
+    with pytest.raises(ValueError, match="CPU"):
+        attention(*draw(4, 4, dtype=jnp.bfloat16), implementation="splash")
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 4, 3, 16), (1, 4, 3, 16), (1, 4, 3, 16)),
+        ((2, 4, 3, 16), (2, 4, 2, 16), (2, 4, 2, 16)),
+        ((2, 4, 3, 16), (2, 4, 3, 8), (2, 4, 3, 8)),
+        ((2, 4, 3, 16), (2, 5, 3, 16), (2, 4, 3, 16)),
+        ((2, 4, 3, 16), (2, 0, 3, 16), (2, 0, 3, 16)),
+    ],
+    ids=["batch", "heads", "width", "keys and values", "no keys"],
+)
+def test_shapes_that_do_not_fit_are_named(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match=r"do not fit; \[b, s, n, k\] is needed"):
+        attention(*(jnp.zeros(shape) for shape in shapes))
+
+
+def test_mixed_dtypes_are_named() -> None:
+    q, k, v = draw(4, 4)
+    with pytest.raises(ValueError, match="float32, bfloat16, float32; need one"):
+        attention(q, k.astype(jnp.bfloat16), v)
