@@ -31,7 +31,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.10,<0.13", "nvidia-cudnn-cu13>=9.15"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13", "nvidia-cudnn-cu13>=9.19"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         # torch is pinned to the release with a CPU build that the parity bounds were set on.
         "test": [
@@ -42,6 +42,7 @@ setup(
             "torch==2.13.0",
             "diffusers==0.42.1",
             "transformers==5.23.0",
+            'libtpu==0.0.52; sys_platform == "linux"',
         ],
     },
 )

@@ -36,7 +36,7 @@ class Progress(NamedTuple):
     """What a callback is told: `done` of `total` parts of a stage are finished.
 
     stage: "load", "encode", "denoise" or "decode"; the first report of each has done = 0.
-    latents: float32 [b, t, h, w, c] after a denoising step, else None.
+    latents: float32 [b, t, h, w, c] after a denoising step, else None; copy what is to be kept.
     """
 
     stage: str

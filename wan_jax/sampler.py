@@ -6,7 +6,6 @@ step at which a number went wrong. The scan driver is one program, for benchmark
 compilation. On the CPU the two give the same bits.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,8 +57,7 @@ def velocity(
     lengths a doubled batch is no faster and needs twice the memory.
     """
     t_b = jnp.full((x.shape[0],), t, jnp.float32)
-    run = functools.partial(dit, x, t_b, implementation=implementation)
-    positive = run(conds[0])
+    positive = dit(x, t_b, conds[0], implementation=implementation)
     if len(conds) == 1:
         return positive
     # The barrier keeps the second branch's activations from living beside the first's.
@@ -128,7 +126,8 @@ def sample(
     """Latents [b, t, h, w, c] float32 from noise of that shape: the loop driver.
 
     on_step(i, steps, latents) is called after step i (from 1) is done; what it raises stops the
-    loop. Raises DivergedError naming the step whose latents are no longer finite.
+    loop, and it must copy latents it wants to keep, as the next step reuses their buffer. Raises
+    DivergedError naming the step whose latents are no longer finite.
     """
     state = _jitted_start(noise_bthwc)
     scale, rows = np.float32(guidance), _rows(schedule)

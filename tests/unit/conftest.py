@@ -8,7 +8,7 @@ import wan_jax
 from wan_jax.config import Defaults, DiTConfig, UMT5Config, VAEConfig, WanConfig
 from wan_jax.weights import miniature
 
-# Every part of Wan2.1 at its smallest; the strides, and so the multiples of sizes, are the real ones.
+# Every part of Wan2.1 at its smallest; strides, and so the multiples of sizes, are the real ones.
 TINY = WanConfig(
     dit=DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, freq_dim=32),
     vae=VAEConfig(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1),

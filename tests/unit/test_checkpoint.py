@@ -1,4 +1,4 @@
-"""From folders of PyTorch files to our checkpoints: the rules, the conversion, and what goes wrong."""
+"""From folders of PyTorch files to our checkpoints: rules, conversion, and what goes wrong."""
 
 import dataclasses
 import json
@@ -232,6 +232,30 @@ def test_another_source_or_dtype_is_converted_anew(source: Path, cache: Path) ->
     assert _load(source, cache).config.defaults.steps == 9
 
 
+@pytest.mark.xfail(strict=True, reason="checkpoint.digest() does not see the tokenizer's files")
+def test_another_tokenizer_is_converted_anew(source: Path, cache: Path) -> None:
+    _load(source, cache)
+    file = source / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][-1] | {"id": 300, "content": "fox"})
+    tokenizer["model"]["vocab"] += [[f"<{i}>", 0.0] for i in range(259, 300)] + [["fox", 0.0]]
+    file.write_text(json.dumps(tokenizer))
+    assert _load(source, cache).tokenizer.token_to_id("fox") == 300
+
+
+@pytest.mark.xfail(strict=True, reason="checkpoint.write() renames onto a folder that exists")
+def test_another_process_may_finish_first(source: Path, cache: Path, tmp_path: Path) -> None:
+    _load(source, tmp_path / "theirs")
+    (theirs,) = (tmp_path / "theirs").iterdir()
+
+    def overtake(progress: Progress) -> None:
+        if progress.done and not (cache / theirs.name).exists():
+            shutil.copytree(theirs, cache / theirs.name)
+
+    assert _load(source, cache, callback=overtake).config == TINY
+    assert [path.name for path in cache.iterdir()] == [theirs.name]
+
+
 def test_an_interrupted_conversion_leaves_nothing(source: Path, cache: Path) -> None:
     class StopError(Exception):
         pass
@@ -460,12 +484,15 @@ def test_configs_that_are_missing_or_broken(source: Path, cache: Path, name: str
         ("{", "is not JSON"),
         ("", "is not JSON"),
         ("[1]", "holds a list; an object is needed"),
-        (json.dumps({k: v for k, v in values.items() if k != size}), size),
         (json.dumps(values | {size: -1}), "a positive integer is needed"),
         (json.dumps(values | {size: "wide"}), "a positive integer is needed"),
     ):
         file.write_text(text)
         _fails(source, cache, str(file), message)
+    del values[size]
+    file.write_text(json.dumps(values))
+    # Diffusers leaves out what has the released VAE's value, so there the tensors disagree.
+    _fails(source, cache, str(file.parent), "does not fit" if name == "vae" else size)
     file.unlink()
     _fails(source, cache, str(file), "is missing")
 
@@ -476,7 +503,7 @@ def test_networks_that_do_not_belong_together(source: Path, cache: Path) -> None
     config.write_text(json.dumps(values | {"text_dim": 24}))
     _fails(source, cache, "the DiT reads text of width 24, UMT5 writes 16")
     config.write_text(json.dumps(values | {"image_dim": 1280}))
-    _fails(source, cache, str(config), "image_dim = 1280; a text-to-video checkpoint")
+    _fails(source, cache, str(config), "image_dim = 1280")
 
 
 def test_folders_that_are_missing(source: Path, cache: Path, tmp_path: Path) -> None:

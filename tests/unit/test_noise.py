@@ -7,7 +7,7 @@ from tests import tolerances
 from wan_jax.noise import MAX_SEED, initial_noise
 
 SHAPE = (2, 3, 4, 16)
-# First and last value of a sample, by (seed, sample) (jax 0.10.2, threefry2x32): they must never change.
+# First and last value of a sample, by (seed, sample), of jax 0.10.2 and 0.12: never to change.
 GOLDEN = {
     (0, 0): (1.0040143, 0.73721504),
     (2**63 + 5, 1): (0.61451477, 0.42111036),
