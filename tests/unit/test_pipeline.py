@@ -62,7 +62,7 @@ def test_frames_latents_and_stream(wan: Wan) -> None:
 
 
 def test_bytes_are_the_truncated_floats(wan: Wan) -> None:
-    latents = 3 * _latents(wan)  # some reach the clamp
+    latents = 3 * _latents(wan)[:, :1]  # some reach the clamp
     levels = np.concatenate(list(wan.decode(latents)), axis=1).astype(np.float64)
     floats = np.concatenate(list(wan.decode(latents, dtype="float32")), axis=1)
     assert floats.dtype == np.float32
@@ -237,11 +237,13 @@ def test_every_argument_reaches_the_latents(wan: Wan) -> None:
         {"shift": 2.0},
         {"steps": 3},
         {"timesteps": [900, 500]},
-        {"steps": 3, "solver": "euler"},
     )
     for change in changes:
         moved = relative_l2(_latents(wan, **change), latents)
         assert moved > tolerances.PIPELINE_MATTERS, change
+    # DPM++ is Euler up to three steps: its first two and its last are of first order.
+    solvers = [_latents(wan, steps=5, solver=solver) for solver in ("dpm++", "euler")]
+    assert relative_l2(*solvers) > tolerances.PIPELINE_MATTERS
 
 
 def test_timesteps_are_the_schedule(wan: Wan) -> None:
