@@ -20,7 +20,7 @@ setup(
         "jax>=0.10,<0.13",
         "flax>=0.12,<0.13",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.12.4,<0.13",
+        "orbax-checkpoint>=0.12.8,<0.13",
         "numpy>=2.0",
         "absl-py>=2.1",
         "etils[epath]>=1.9",

@@ -18,7 +18,8 @@ from tqdm import tqdm
 import wan_jax
 from wan_jax import loading, media
 from wan_jax.config import WanConfig
-from wan_jax.pipeline import Progress, Request, make_request
+from wan_jax.pipeline import Progress
+from wan_jax.request import Request, make_request
 from wan_jax.sampler import DivergedError
 from wan_jax.schedulers import SOLVERS
 

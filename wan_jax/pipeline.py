@@ -6,9 +6,8 @@ weights can leave the device before the next begins.
 
 import dataclasses
 import functools
-import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from wan_jax import noise as noise_module
 from wan_jax import sampler, tokenizer, umt5, vae, xla
 from wan_jax.config import WanConfig
 from wan_jax.dit import Cond, DiT
-from wan_jax.schedulers import Schedule, make_schedule
+from wan_jax.request import Request, check_noise, make_request
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,8 +34,8 @@ DECODE_CHUNK = 2
 class Progress(NamedTuple):
     """What a callback is told: `done` of `total` parts of a stage are finished.
 
-    stage: "load", "encode", "denoise" or "decode"; the first report of each has done = 0.
-    latents: float32 [b, t, h, w, c] after a denoising step, else None; copy what is to be kept.
+    stage: "convert" (in bytes), "load", "encode", "denoise" or "decode"; the first report of each
+    has done = 0. latents: float32 [b, t, h, w, c] after a denoising step, else None.
     """
 
     stage: str
@@ -46,23 +45,6 @@ class Progress(NamedTuple):
 
 
 Callback = Callable[[Progress], None]
-
-
-class Request(NamedTuple):
-    """A checked set of arguments of generate(), with every default filled in."""
-
-    prompts: tuple[str, ...]
-    negative: str
-    latent_shape: tuple[int, int, int, int]
-    schedule: Schedule
-    guidance: float
-    seed: int
-    num_videos: int
-
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """[b, t, h, w, c] of all videos together."""
-        return (len(self.prompts) * self.num_videos, *self.latent_shape)
 
 
 @dataclasses.dataclass
@@ -144,10 +126,13 @@ class Wan:
             return np.asarray(latents)
         if output == "stream":
             return self.decode(latents, callback=callback)
-        videos = [
-            np.concatenate(list(self.decode(latents[k : k + 1], callback=callback)), 1)
-            for k in range(latents.shape[0])
-        ]
+        try:
+            videos = [
+                np.concatenate(list(self._decode(latents[k : k + 1], "uint8", callback)), 1)
+                for k in range(latents.shape[0])
+            ]
+        finally:
+            self.release("vae")
         return np.concatenate(videos)
 
     def encode_text(self, prompts: Sequence[str], callback: Callback | None = None) -> Array:
@@ -170,7 +155,18 @@ class Wan:
         """
         if dtype not in ("uint8", "float32"):
             raise ValueError(f"dtype is {dtype!r}; 'uint8' or 'float32' is needed")
-        return self._decode(jnp.asarray(latents, jnp.float32), dtype, callback)
+        z = self.config.vae.z_dim
+        if np.ndim(latents) != 5 or np.shape(latents)[-1] != z:
+            raise ValueError(f"latents have shape {np.shape(latents)}; [b, t, h, w, {z}] is needed")
+        return self._stream(jnp.asarray(latents, jnp.float32), dtype, callback)
+
+    def _stream(
+        self, latents: Array, dtype: str, callback: Callback | None
+    ) -> Iterator[np.ndarray]:
+        try:
+            yield from self._decode(latents, dtype, callback)
+        finally:  # also when the caller stops early
+            self.release("vae")
 
     def _decode(
         self, latents: Array, dtype: str, callback: Callback | None
@@ -192,8 +188,6 @@ class Wan:
                 yield np.asarray(waiting[0])
                 _tell(callback, "decode", waiting[1], count)
             waiting = pixels, stop
-        del network, state
-        self.release("vae")
         assert waiting is not None
         yield np.asarray(waiting[0])
         _tell(callback, "decode", count, count)
@@ -205,7 +199,8 @@ class Wan:
 
         def on_step(i: int, steps: int, latents: Array) -> None:
             if callback is not None:
-                callback(Progress("denoise", i, steps, latents))
+                # A copy: the step's own buffer is the next step's, and a callback may keep it.
+                callback(Progress("denoise", i, steps, jnp.copy(latents)))
 
         latents = sampler.sample(
             network, start, request.schedule, conds, guidance=request.guidance, on_step=on_step
@@ -233,83 +228,7 @@ class Wan:
                 request.seed, request.num_videos, shape=request.latent_shape
             )
             return _commit(jnp.tile(drawn, (len(request.prompts), 1, 1, 1, 1)))
-        given = np.asarray(noise)
-        needed = request.noise_shape
-        if given.shape != needed:
-            raise ValueError(f"noise has shape {given.shape}; [b, t, h, w, c] = {needed} is needed")
-        if not np.isfinite(given).all():
-            raise ValueError("noise holds NaN or infinite values; finite ones are needed")
-        return _commit(jnp.asarray(given, jnp.float32))
-
-
-def make_request(
-    config: WanConfig,
-    prompt: str | Sequence[str],
-    *,
-    negative_prompt: str | None = None,
-    size: tuple[int, int] | None = None,
-    frames: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    shift: float | None = None,
-    solver: str | None = None,
-    timesteps: Sequence[float] | None = None,
-    seed: int | None = None,
-    num_videos: int = 1,
-) -> Request:
-    """The arguments of Wan.generate() with defaults filled in.
-
-    Raises ValueError "<argument> is <value>; <what is accepted>" for one that cannot be run.
-    """
-    defaults = config.defaults
-    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ValueError(f"prompt is {prompt!r}; one text or a list of texts is needed")
-    if num_videos < 1:
-        raise ValueError(f"num_videos is {num_videos}; at least 1 is needed")
-    if timesteps is not None and steps is None:
-        steps = len(timesteps)
-    guidance = defaults.guidance if guidance is None else float(guidance)
-    if not np.isfinite(guidance):
-        raise ValueError(f"guidance is {guidance}; a finite number is needed")
-    seed = secrets.randbits(63) if seed is None else seed
-    if not 0 <= seed <= noise_module.MAX_SEED:
-        raise ValueError(f"seed is {seed}; an integer from 0 to {noise_module.MAX_SEED} is needed")
-    schedule = make_schedule(
-        defaults.solver if solver is None else solver,
-        defaults.steps if steps is None else steps,
-        shift=defaults.shift if shift is None else shift,
-        timesteps=timesteps,
-    )
-    return Request(
-        prompts=prompts,
-        negative=defaults.negative_prompt if negative_prompt is None else negative_prompt,
-        latent_shape=latent_shape(
-            config,
-            size=cast(tuple[int, int], defaults.size) if size is None else size,
-            frames=defaults.frames if frames is None else frames,
-        ),
-        schedule=schedule,
-        guidance=guidance,
-        seed=seed,
-        num_videos=num_videos,
-    )
-
-
-def latent_shape(
-    config: WanConfig, *, size: tuple[int, int], frames: int
-) -> tuple[int, int, int, int]:
-    """(t, h, w, c) of the latents of a video of `size` (width, height) and `frames` frames.
-
-    Raises ValueError for a size not in multiples of 16 or a frame count not 4n + 1.
-    """
-    multiple, stride = config.size_multiple, config.vae.temporal_stride
-    if len(size) != 2 or any(not isinstance(n, int) or n < 1 or n % multiple for n in size):
-        raise ValueError(f"size is {size}; width and height in multiples of {multiple} are needed")
-    if not isinstance(frames, int) or frames < 1 or (frames - 1) % stride:
-        raise ValueError(f"frames is {frames}; {stride}n + 1 is needed: 1, {stride + 1}, ...")
-    width, height = (n // config.vae.spatial_stride for n in size)
-    return 1 + (frames - 1) // stride, height, width, config.vae.z_dim
+        return _commit(jnp.asarray(check_noise(noise, request.noise_shape)))
 
 
 def _tell(callback: Callback | None, stage: str, done: int, total: int) -> None:

@@ -20,6 +20,7 @@ ORDER = (
     {"weights.readers", "weights.dit", "weights.vae", "weights.umt5", "weights.clip"},
     {"weights.sources"},
     {"weights.checkpoint", "weights.miniature"},
+    {"request"},
     {"pipeline"},
     {"loading"},
     {"__init__"},

@@ -1,11 +1,10 @@
 """Videos and images out, noise in: what is written, when, and what is left on failure."""
 
-import gc
 import os
+import re
 import signal
 import subprocess
 import sys
-import warnings
 import weakref
 from pathlib import Path
 
@@ -39,16 +38,19 @@ def floats(frames: int = 3, width: int = 16, height: int = 16, seed: int = 0) ->
 
 
 def decode(path: Path) -> tuple[dict, np.ndarray]:
-    """What ffmpeg says of a file, and its frames, uint8 [f, y, x, 3]."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # the reader leaves its pipes open
-        reader = imageio_ffmpeg.read_frames(str(path))
-        meta = next(reader)
-        width, height = meta["size"]
-        frames = [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
-        del reader
-        gc.collect()
-    return meta, np.stack(frames)
+    """What ffmpeg says of a file, and its frames, uint8 [f, y, x, 3].
+
+    ffmpeg is run directly: imageio's readers leave pipes open for whichever test comes next.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", f"file:{path}", "-f", "rawvideo"]
+    done = subprocess.run([*command, "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
+    said = done.stderr.decode(errors="replace")
+    found = re.search(r"Video: (\w+).*?, (\w+)(?:\(.*?\))?, (\d+)x(\d+).*?, ([\d.]+) fps", said)
+    assert found is not None, said
+    codec, pixels, width, height, fps = found.groups()
+    size = (int(width), int(height))
+    meta = {"codec": codec, "pix_fmt": pixels, "size": size, "fps": float(fps)}
+    return meta, np.frombuffer(done.stdout, np.uint8).reshape(-1, size[1], size[0], 3)
 
 
 def names(folder: Path) -> list[str]:
@@ -130,9 +132,9 @@ def test_mp4_round_trip(tmp_path, size):
     media.save_video(video, path)
     assert names(tmp_path) == ["cats.mp4"]
     meta, decoded = decode(path)
-    assert (meta["codec"], meta["pix_fmt"].split("(")[0]) == ("h264", "yuv420p")
+    assert (meta["codec"], meta["pix_fmt"]) == ("h264", "yuv420p")
     assert meta["fps"] == 16
-    assert meta["size"] == meta["source_size"] == size
+    assert meta["size"] == size
     assert decoded.shape == video.shape
     errors = np.abs(decoded.astype(int) - video)
     assert errors.mean() < tolerances.MEDIA_MP4_MEAN_ERROR

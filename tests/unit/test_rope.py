@@ -24,7 +24,7 @@ def test_widths_of_every_even_head_are_even_and_add_up(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "width,second,last", [(44, 0.65793322, 1.5199e-4), (42, 0.64494668, 1.5505e-4)]
+    ("width", "second", "last"), [(44, 0.65793322, 1.5199e-4), (42, 0.64494668, 1.5505e-4)]
 )
 def test_angles_at_position_1_are_the_printed_ones(width: int, second: float, last: float) -> None:
     angles = rope.axis_angles(1024, width)

@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "solvers.npz"
 SHIFTS = (1e-300, 1e-30, 1e-6, 0.01, 0.5, 1, 5, 16, 1000, 1e6, 1e12, 1e30, 1e308)
 GRID_STEPS = (*range(1, 21), 49, 50, 99, 100, 251, 500, 999, 1000)
 
-# As the original computes them: first two and last non-zero sigma, first three and last three timesteps.
+# As the original computes them: two first and the last sigma, three first and last timesteps.
 DIFFUSERS = "unipc_diffusers"
 PRINTED = {
     ("unipc", 50, 5): ((0.99979985, 0.99573237, 0.09250686), (999, 995, 991, 241, 172, 92)),

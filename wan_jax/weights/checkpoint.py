@@ -61,10 +61,16 @@ def write(folder: Folder, path: Path, *, dtype: str, on_bytes: OnBytes | None = 
         for part, plan in plans.items():
             reader = folder.sources[part].reader
             _save(work / part, rules.apply(plan, reader, progress=progress))
-        shutil.copytree(folder.tokenizer, work / TOKENIZER)
+        _copy_files(folder.tokenizer, work / TOKENIZER)
         (work / CONFIG).write_text(folder.config.to_json(), encoding="utf-8")
-        (work / MANIFEST).write_text(json.dumps(_manifest(folder, dtype), indent=2))
-        work.rename(path)
+        (work / MANIFEST).write_text(
+            json.dumps(_manifest(folder, dtype), indent=2), encoding="utf-8"
+        )
+        try:
+            work.rename(path)
+        except OSError:
+            if not is_checkpoint(path):  # else another process was faster
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if on_bytes is not None:
@@ -93,6 +99,14 @@ def _save(path: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
     partial.finalize(path)
 
 
+def _copy_files(source: Path, target: Path) -> None:
+    """Contents only: a read-only source must not make a cache that cannot be removed."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
+
+
 def _manifest(folder: Folder, dtype: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -114,7 +128,7 @@ def read_config(path: Path) -> WanConfig:
     """The configuration of a checkpoint; ValueError if config.json is not one."""
     try:
         return WanConfig.from_json((path / CONFIG).read_text(encoding="utf-8"))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path / CONFIG} is not a wan_jax configuration: {error}") from error
 
 
@@ -133,7 +147,7 @@ def restore(
         for name, leaf in trees.flatten(module).items()
     }
     try:
-        arrays = ocp.load_pytree(path / part, wanted)
+        arrays = ocp.load(path / part, wanted)
     except (OSError, ValueError, KeyError) as error:
         line = str(error).splitlines()[0][:300]
         raise ValueError(f"{path / part} is not a whole Orbax checkpoint: {line}") from error
@@ -148,8 +162,8 @@ def digest(folder: Folder, dtype: str) -> str:
         str(FORMAT),
         json.dumps(dataclasses.asdict(folder.config)),
     ]
-    for source in folder.sources.values():
-        for file in source.reader.files:
-            status = file.stat()
-            facts.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
+    files = [file for source in folder.sources.values() for file in source.reader.files]
+    for file in (*files, folder.tokenizer / "tokenizer.json"):
+        status = file.stat()
+        facts.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]

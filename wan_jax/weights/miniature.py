@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from wan_jax.tokenizer import write_byte_tokenizer
 from wan_jax.weights import dit, rules, trees, umt5, vae
 from wan_jax.weights.sources import DEFAULTS_FILE, PartConfig, abstract_part, part_table
 
-NAME = "random-nano-t2v"
+# The name changes with the sizes, so that a cache never holds those of another release.
+NAME = f"random-nano-t2v-{zlib.crc32(NANO_T2V.to_json().encode()):08x}"
 
 
 def write(path: Path, *, config: WanConfig = NANO_T2V, seed: int = 0) -> None:
@@ -27,7 +29,8 @@ def write(path: Path, *, config: WanConfig = NANO_T2V, seed: int = 0) -> None:
     shutil.rmtree(work, ignore_errors=True)
     try:
         _write(work, config, seed)
-        work.rename(path)
+        if not path.is_dir():  # else another process was faster
+            work.rename(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -51,11 +54,15 @@ def _write(path: Path, config: WanConfig, seed: int) -> None:
         arrays = {target: _random(target, leaf.shape, stream) for target, leaf in targets.items()}
         tensors = dict(rules.export(part_table(part), arrays, naming="diffusers"))
         save_file(tensors, folder / f"{file}.safetensors")
-        (folder / "config.json").write_text(json.dumps(values, indent=2))
+        (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     write_byte_tokenizer(path / "tokenizer", vocab_size=config.umt5.vocab_size)
     defaults = dataclasses.asdict(config.defaults)
-    (path / DEFAULTS_FILE).write_text(json.dumps(defaults, indent=2, ensure_ascii=False))
-    (path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}, indent=2))
+    (path / DEFAULTS_FILE).write_text(
+        json.dumps(defaults, indent=2, ensure_ascii=False), encoding="utf-8"
+    )
+    (path / "model_index.json").write_text(
+        json.dumps({"_class_name": "WanPipeline"}, indent=2), encoding="utf-8"
+    )
 
 
 def _random(target: str, shape: tuple[int, ...], stream: np.random.RandomState) -> np.ndarray:

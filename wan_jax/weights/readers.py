@@ -85,7 +85,7 @@ def open_safetensors(folder: Path) -> SafetensorsReader:
 
 def _open_sharded(index: Path) -> SafetensorsReader:
     try:
-        mapping = json.loads(index.read_text())["weight_map"]
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({index.parent / file for file in mapping.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error

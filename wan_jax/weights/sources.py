@@ -1,6 +1,7 @@
 """A checkpoint folder as people have it on disk: which files hold which network, and its sizes."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from flax import nnx
 
 from wan_jax.config import Defaults, DiTConfig, UMT5Config, VAEConfig, WanConfig, default_settings
 from wan_jax.dit import DiT
+from wan_jax.tokenizer import load_tokenizer
 from wan_jax.umt5 import UMT5
 from wan_jax.vae import VAE
 from wan_jax.weights import dit, trees, umt5, vae
@@ -43,6 +45,7 @@ class Folder:
     config: WanConfig
 
 
+@functools.cache
 def abstract_part(config: PartConfig, dtype: jnp.dtype) -> Any:
     """The network of this configuration with shapes in place of arrays.
 
@@ -77,6 +80,7 @@ def open_folder(path: Path) -> Folder:
     )
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer/ and no google/umt5-xxl/; one is needed")
+    load_tokenizer(tokenizer)  # now, not when gigabytes have been converted
     parts: dict[str, Any] = {name: source.config for name, source in sources.items()}
     config = WanConfig(**parts, defaults=_defaults(path, parts["dit"]))
     return Folder(path, sources, tokenizer, config)
@@ -89,7 +93,7 @@ def _defaults(path: Path, config: DiTConfig) -> Defaults:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file} is missing; it holds the network's dimensions") from None
     except ValueError as error:

@@ -1,0 +1,126 @@
+"""What a user asks of a checkpoint, checked and with every default filled in."""
+
+import numbers
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wan_jax import noise
+from wan_jax.config import WanConfig
+from wan_jax.schedulers import Schedule, make_schedule
+
+
+class Request(NamedTuple):
+    """A checked set of arguments of generate(), with every default filled in."""
+
+    prompts: tuple[str, ...]
+    negative: str
+    latent_shape: tuple[int, int, int, int]
+    schedule: Schedule
+    guidance: float
+    seed: int
+    num_videos: int
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """[b, t, h, w, c] of all videos together."""
+        return (len(self.prompts) * self.num_videos, *self.latent_shape)
+
+
+def make_request(
+    config: WanConfig,
+    prompt: str | Sequence[str],
+    *,
+    negative_prompt: str | None = None,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    shift: float | None = None,
+    solver: str | None = None,
+    timesteps: Sequence[float] | None = None,
+    seed: int | None = None,
+    num_videos: int = 1,
+) -> Request:
+    """The arguments of Wan.generate() with defaults filled in.
+
+    Raises ValueError "<argument> is <value>; <what is accepted>" for one that cannot be run.
+    """
+    defaults = config.defaults
+    texts = (prompt,) if isinstance(prompt, str) or not isinstance(prompt, Iterable) else prompt
+    prompts = tuple(texts)
+    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ValueError(f"prompt is {prompt!r}; one text or a list of texts is needed")
+    negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
+    if not isinstance(negative, str):
+        raise ValueError(f"negative_prompt is {negative!r}; one text is needed")
+    given = None if timesteps is None else tuple(timesteps)
+    if steps is None:
+        steps = defaults.steps if given is None else len(given)
+    return Request(
+        prompts=prompts,
+        negative=negative,
+        latent_shape=latent_shape(
+            config,
+            size=defaults.size if size is None else size,
+            frames=defaults.frames if frames is None else frames,
+        ),
+        schedule=make_schedule(
+            defaults.solver if solver is None else solver,
+            steps,
+            shift=defaults.shift if shift is None else shift,
+            timesteps=given,
+        ),
+        guidance=_finite("guidance", defaults.guidance if guidance is None else guidance),
+        seed=_integer(
+            "seed", secrets.randbits(63) if seed is None else seed, low=0, high=noise.MAX_SEED
+        ),
+        num_videos=_integer("num_videos", num_videos, low=1),
+    )
+
+
+def latent_shape(config: WanConfig, *, size: Any, frames: Any) -> tuple[int, int, int, int]:
+    """(t, h, w, c) of the latents of a video of `size` (width, height) and `frames` frames.
+
+    Raises ValueError for a size not in multiples of 16 or a frame count not 4n + 1.
+    """
+    multiple, stride = config.size_multiple, config.vae.temporal_stride
+    sides = tuple(size) if isinstance(size, Iterable) else ()
+    if len(sides) != 2 or not all(_is_integer(n) and n > 0 and n % multiple == 0 for n in sides):
+        raise ValueError(f"size is {size}; width and height in multiples of {multiple} are needed")
+    if not _is_integer(frames) or frames < 1 or (frames - 1) % stride:
+        raise ValueError(f"frames is {frames}; {stride}n + 1 is needed: 1, {stride + 1}, ...")
+    width, height = (int(n) // config.vae.spatial_stride for n in sides)
+    return 1 + (int(frames) - 1) // stride, height, width, config.vae.z_dim
+
+
+def check_noise(noise_bthwc: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Given noise as float32 [b, t, h, w, c]; ValueError for another shape or what is no number."""
+    given = np.asarray(noise_bthwc)
+    if given.shape != shape:
+        raise ValueError(f"noise has shape {given.shape}; [b, t, h, w, c] = {shape} is needed")
+    if given.dtype.kind not in "fV":  # V: bfloat16 and its like
+        raise ValueError(f"noise has dtype {given.dtype}; floating point is needed")
+    noise_f32 = given.astype(np.float32)
+    if not np.isfinite(noise_f32).all():
+        raise ValueError("noise holds NaN or infinite values; finite ones are needed")
+    return noise_f32
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
+    if not _is_integer(value) or value < low or (high is not None and value > high):
+        upper = "up" if high is None else f"to {high}"
+        raise ValueError(f"{name} is {value!r}; an integer from {low} {upper} is needed")
+    return int(value)
+
+
+def _finite(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or not np.isfinite(float(value)):
+        raise ValueError(f"{name} is {value!r}; a finite number is needed")
+    return float(value)
