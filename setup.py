@@ -41,6 +41,7 @@ setup(
             "mypy==2.4.1",
             "torch==2.13.0",
             "diffusers==0.42.1",
+            "accelerate==1.15.0",
             "transformers==5.23.0",
             'libtpu==0.0.52; sys_platform == "linux"',
         ],

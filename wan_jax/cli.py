@@ -74,7 +74,7 @@ def define_flags(tasks: Sequence[str], values: flags.FlagValues = flags.FLAGS) -
     string("noise_file", None, "Initial noise instead of a seed's: .npy, float [16, T, h, w].")
     string("save_file", None, "Output: .mp4, .png for one frame, or .npz (floats and latents).")
     words, text = _Words(), "True: a stage's weights leave the device when it is done."
-    flags.DEFINE(words, "offload_model", None, text, flag_values=values)
+    flags.DEFINE(words, "offload_model", True, text, flag_values=values)
     switch("t5_cpu", False, "Run the text encoder on the CPU.")
     choice("dtype", "bfloat16", loading.DTYPES, "float32 is for comparing numbers.")
     string("cache_dir", None, f"Converted checkpoints; default {loading.default_cache_dir()}.")
@@ -275,7 +275,7 @@ def execute(values: flags.FlagValues, job: Job) -> None:
         values.ckpt_dir,
         dtype=values.dtype,
         cache_dir=values.cache_dir,
-        offload=bool(values.offload_model),
+        offload=values.offload_model,
         text_on_cpu=values.t5_cpu,
         callback=report,
         notify=_say,

@@ -72,9 +72,9 @@ class RMSNorm(nnx.Module):
 def linear(p: Linear, x: Array) -> Array:
     """Contract the trailing axes of x with the kernel's [*d_in, d_out], in the kernel's dtype.
 
-    The sum is float32 inside the product. The bias is added in the kernel's dtype: on NVIDIA it
-    rides in the product's epilogue and is rounded with it, as in the reference, and to ask for a
-    float32 result instead costs 6 % of a 1.3B forward and 3 GiB at 14B 720P (H200, measured).
+    Sum and bias are float32 and rounded once, as the reference's fused product does. To round the
+    sum before the bias is added would be 5 % faster on an H200 (1.3B) but puts the bfloat16 mode at
+    1.17 times the reference's own distance from float32.
     """
     kernel = p.kernel[...]
     inner = kernel.ndim - 1
@@ -83,9 +83,11 @@ def linear(p: Linear, x: Array) -> Array:
         kernel,
         ((tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner))), ((), ())),
         precision=precision_of(kernel.dtype),
-        preferred_element_type=kernel.dtype,
+        preferred_element_type=jnp.float32,
     )
-    return y if p.bias is None else y + p.bias[...]
+    if p.bias is not None:
+        y = y + p.bias[...].astype(jnp.float32)
+    return y.astype(kernel.dtype)
 
 
 def layer_norm(x: Array, *, eps: float, affine: LayerNorm | None = None) -> Array:

@@ -182,7 +182,9 @@ class Wan:
         for start in starts:
             stop = 1 if start == 0 else start + chunk
             run = _decode_program(start == 0, dtype, self.dtype)
-            pixels, state = run(network, latents[:, start:stop], state)
+            # A dynamic slice: a static one would be a program of its own for every chunk.
+            piece = lax.dynamic_slice_in_dim(latents, start, stop - start, axis=1)
+            pixels, state = run(network, piece, state)
             # The next chunk is computing on the device while the last one crosses to the host.
             if waiting is not None:
                 yield np.asarray(waiting[0])
