@@ -1,14 +1,18 @@
 """wan_jax: Wan2.1 video generation in JAX. Tool settings are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+FACE = (ROOT / "wan_jax" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "(.+)"', FACE)
+assert VERSION is not None
 
 setup(
     name="wan_jax",
-    version="0.1.0",
+    version=VERSION.group(1),
     description="Wan2.1 video generation in JAX and Flax, for GPUs and TPUs",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -1,15 +1,18 @@
 """The flags both scripts share, the configuration files, and how errors reach the user."""
 
 import ast
+import contextlib
 import dataclasses
 import datetime
 import functools
 import math
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from absl import app, flags, logging
@@ -36,6 +39,7 @@ _FLAG_OF = {
     "seed": "base_seed",
 }
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_LINE = 1000  # characters of an error that are shown; XLA's go on for pages
 _PROMPT = "Two anthropomorphic cats in boxing gear fight on a spotlit stage."
 
 
@@ -77,11 +81,13 @@ def define_flags(tasks: Sequence[str], values: flags.FlagValues = flags.FLAGS) -
     flags.DEFINE(words, "offload_model", True, text, flag_values=values)
     switch("t5_cpu", False, "Run the text encoder on the CPU.")
     choice("dtype", "bfloat16", loading.DTYPES, "float32 is for comparing numbers.")
-    string("cache_dir", None, f"Converted checkpoints; default {loading.default_cache_dir()}.")
+    string("cache_dir", None, "Where converted checkpoints are kept; default ~/.cache/wan_jax.")
     for name in ("ulysses_size", "ring_size"):
         integer(name, 1, "Devices that share one video; only 1 is supported so far.")
     for name in ("dit_fsdp", "t5_fsdp"):
         switch(name, False, "Shard the weights; not supported so far.")
+    for flag in values.flags_by_module_dict()[__name__]:  # so that the script's --help lists them
+        values.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def run(main: Callable[[flags.FlagValues], None]) -> None:
@@ -98,18 +104,25 @@ def run(main: Callable[[flags.FlagValues], None]) -> None:
 
     def guarded(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells its own story at INFO
+        # As an exception, so that what is half-written is removed.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             main(flags.FLAGS)
         except ValueError as error:
-            _fail(" ".join(str(error).split()))
-        except (DivergedError, OSError) as error:
-            _fail(" ".join(str(error).split()), status=1)
+            _fail(str(error))
+        except (DivergedError, OSError, RuntimeError) as error:  # out of memory is one of the last
+            _fail(str(error), status=1)
+        except KeyboardInterrupt:
+            _fail("interrupted", status=128 + signal.SIGINT)
 
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(message: str, *, status: int = 2) -> None:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+def _fail(message: str, *, status: int = 2) -> NoReturn:
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # or the message would stand behind a bar
+    line = " ".join(message.split())[:_LINE]
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -118,8 +131,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         module = ast.parse(path.read_text(encoding="utf-8"))
         values = [n.value for n in module.body if isinstance(n, ast.Assign)]
-        settings = ast.literal_eval(values[0])
-    except (OSError, SyntaxError, ValueError, IndexError) as error:
+        settings = dict(ast.literal_eval(values[0]))
+        settings["sizes"] = [(int(w), int(h)) for w, h in settings.get("sizes", ())]
+    except (OSError, SyntaxError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
             f"--config {path} is not a file with one `config = {{...}}`: {error}"
         ) from error
@@ -153,7 +167,8 @@ def plan(values: flags.FlagValues, configs: Path) -> Job:
     """Check every flag against the checkpoint before anything slow starts."""
     _check_parallel(values)
     settings = _settings(values, configs)
-    config = loading.read_config(values.ckpt_dir)
+    with _naming("ckpt_dir", values.ckpt_dir):
+        config = loading.read_config(values.ckpt_dir)
     arguments = _arguments(values, settings)
     try:
         request = make_request(config, **arguments)
@@ -162,11 +177,24 @@ def plan(values: flags.FlagValues, configs: Path) -> Job:
     arguments["seed"] = request.seed
     output = Path(values.save_file) if values.save_file else _default_output(values, request)
     frames = 1 + (request.latent_shape[0] - 1) * config.vae.temporal_stride
-    media.check_output(output, frames)
+    if frames != 1 and (values.task or "").startswith("t2i"):
+        raise ValueError(f"--frame_num is {frames}; --task {values.task} makes 1")
+    with _naming("save_file", output):
+        media.check_output(output, frames)
     noise = None
     if values.noise_file is not None:
-        noise = media.load_noise(values.noise_file, shape=request.noise_shape)
+        with _naming("noise_file", values.noise_file):
+            noise = media.load_noise(values.noise_file, shape=request.noise_shape)
     return Job(config, arguments, request, noise, output)
+
+
+@contextlib.contextmanager
+def _naming(flag: str, value: Any) -> Iterator[None]:
+    """Errors of the block begin with the flag whose value they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--{flag} {value}: {error}") from error
 
 
 def _check_parallel(values: flags.FlagValues) -> None:
@@ -206,10 +234,10 @@ def _arguments(values: flags.FlagValues, settings: dict[str, Any]) -> dict[str, 
         "guidance": values.sample_guide_scale,
     }
     arguments = {k: settings.get(k) if v is None else v for k, v in given.items()}
-    sizes = [tuple(size) for size in settings.get("sizes", ())]
-    if sizes and arguments["size"] not in sizes:
+    sizes, size = settings.get("sizes"), arguments["size"]
+    if sizes and size is not None and tuple(size) not in sizes:
         listed = ", ".join(f"{w}*{h}" for w, h in sizes)
-        _say(f"warning: --size {values.size} is not one this model was made for: {listed}")
+        _say(f"warning: size {size[0]}*{size[1]} is not one this model was made for: {listed}")
     if values.base_seed < -1:
         raise ValueError(f"--base_seed is {values.base_seed}; 0 or more is needed, or -1 for any")
     arguments["seed"] = None if values.base_seed == -1 else values.base_seed
@@ -227,9 +255,9 @@ def _name_flag(message: str) -> str:
 def _default_output(values: flags.FlagValues, request: Request) -> Path:
     """The reference's name: task, size, devices, the prompt's first 50 characters, the time."""
     _, height, width, _ = request.latent_shape
-    text = request.prompts[0].replace(" ", "_").replace("/", "_")[:50]
+    text = re.sub(r"[\s/]", "_", request.prompts[0])[:50]
     now = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
-    task = values.task or Path(values.ckpt_dir or "miniature").name
+    task = values.task or Path(values.ckpt_dir or "miniature").absolute().name
     ending = ".png" if request.latent_shape[0] == 1 else ".mp4"
     size = f"{8 * width}*{8 * height}"
     return Path(f"{task}_{size}_{values.ulysses_size}_{values.ring_size}_{text}_{now}{ending}")
@@ -243,6 +271,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._begun = time.perf_counter()
         self._bar: tqdm | None = None
         self._started = 0.0
 
@@ -263,9 +292,11 @@ class Reporter:
             self.seconds[progress.stage] = self.seconds.get(progress.stage, 0.0) + spent
 
     def line(self) -> str:
-        """One line of seconds a stage."""
-        parts = [f"{stage} {spent:.2f}" for stage, spent in self.seconds.items()]
-        return f"seconds: {', '.join(parts)}, total {math.fsum(self.seconds.values()):.2f}"
+        """One line of seconds a stage; the total is by the clock, since this was made."""
+        total = time.perf_counter() - self._begun
+        stages = {**self.seconds, "other": total - math.fsum(self.seconds.values())}
+        parts = [f"{stage} {spent:.2f}" for stage, spent in stages.items()]
+        return f"seconds: {', '.join(parts)}, total {total:.2f}"
 
 
 def execute(values: flags.FlagValues, job: Job) -> None:

@@ -42,6 +42,13 @@ def _check_positive(config: Any, *names: str) -> None:
         )
 
 
+def _check_eps(config: Any) -> None:
+    _require(
+        isinstance(config.eps, float) and 0.0 < config.eps < 1.0,
+        f"{type(config).__name__}.eps is {config.eps!r}; a number between 0 and 1 is needed",
+    )
+
+
 class _Json:
     """to_dict / from_dict for flat dataclasses; tuples become lists and come back as tuples."""
 
@@ -83,6 +90,7 @@ class DiTConfig(_Json):
             f"DiTConfig.dim {self.dim} must be an even multiple of num_heads {self.num_heads}",
         )
         _require(self.freq_dim % 2 == 0, f"DiTConfig.freq_dim {self.freq_dim} must be even")
+        _check_eps(self)
         _require(
             len(self.patch_size) == 3 and min(self.patch_size) > 0,
             f"DiTConfig.patch_size is {self.patch_size}; three positive integers are needed",
@@ -145,6 +153,7 @@ class UMT5Config(_Json):
     def __post_init__(self) -> None:
         _check_positive(self, "vocab_size", "dim", "num_heads", "head_dim", "ffn_dim", "num_layers")
         _check_positive(self, "num_buckets", "max_distance")
+        _check_eps(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,11 @@ DTYPES = ("bfloat16", "float32")
 
 def default_cache_dir() -> Path:
     """Where converted checkpoints are kept: wan_jax under the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "wan_jax"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "wan_jax"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise ValueError("cache_dir is not given and there is no home directory") from error
 
 
 def load(
@@ -44,12 +47,14 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} is needed")
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    # Orbax takes absolute paths only.
+    cache = (Path(cache_dir) if cache_dir is not None else default_cache_dir()).absolute()
     say = notify or (lambda _: None)
     source = _random_miniature(cache, say) if path is None else _existing(path)
     folder = source
     if not checkpoint.is_checkpoint(source):
         folder = _converted(source, cache, dtype=dtype, callback=callback, say=say)
+    checkpoint.check_dtype(folder, dtype)
     config = checkpoint.read_config(folder)
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0]) if text_on_cpu else None
     loaders: dict[str, Callable[[], Any]] = {
@@ -89,7 +94,7 @@ def read_config(path: str | os.PathLike[str] | None) -> WanConfig:
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
-    source = Path(path)
+    source = Path(path).absolute()
     if not source.is_dir():
         raise ValueError(
             f"{source} is not a folder; a checkpoint in the Diffusers layout is needed, e.g. from "

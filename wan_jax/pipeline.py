@@ -4,6 +4,7 @@ One pipeline serves every task. Each stage (text, denoise, decode) is its own pr
 weights can leave the device before the next begins.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -70,10 +71,14 @@ class Wan:
             _tell(callback, "load", 1, 1)
         return self._resident[part]
 
-    def release(self, part: str) -> None:
-        """Let the network leave the device, if offloading is on."""
-        if self.offload:
-            self._resident.pop(part, None)
+    @contextlib.contextmanager
+    def _stage(self, part: str, callback: Callback | None) -> Iterator[Any]:
+        """The network for the length of a block; with offloading it then leaves the device."""
+        try:
+            yield self.network(part, callback)
+        finally:
+            if self.offload:
+                self._resident.pop(part, None)
 
     def generate(
         self,
@@ -123,26 +128,23 @@ class Wan:
         start = self._noise(request, noise)
         latents = self._denoise(request, start, callback)
         if output == "latents":
-            return np.asarray(latents)
+            return np.array(latents)
         if output == "stream":
             return self.decode(latents, callback=callback)
-        try:
+        with self._stage("vae", callback):
             videos = [
                 np.concatenate(list(self._decode(latents[k : k + 1], "uint8", callback)), 1)
                 for k in range(latents.shape[0])
             ]
-        finally:
-            self.release("vae")
         return np.concatenate(videos)
 
     def encode_text(self, prompts: Sequence[str], callback: Callback | None = None) -> Array:
         """UMT5 states [b, s, d] of the cleaned prompts, zero past each text."""
         ids, mask = tokenizer.tokenize(self.tokenizer, prompts, length=self.config.dit.text_len)
-        network = self.network("umt5", callback)
-        _tell(callback, "encode", 0, 1)
-        context = jax.block_until_ready(_commit(_encode_text(network, ids, mask)))
-        del network
-        self.release("umt5")
+        with self._stage("umt5", callback) as network:
+            _tell(callback, "encode", 0, 1)
+            context = jax.block_until_ready(_commit(_encode_text(network, ids, mask)))
+            del network
         _tell(callback, "encode", 1, 1)
         return context
 
@@ -151,7 +153,8 @@ class Wan:
     ) -> Iterator[np.ndarray]:
         """Frames of latents [b, t, h, w, c] in chunks [b, f, y, x, 3], while later ones compute.
 
-        dtype: "uint8" truncated to 0..255 as the reference does, or "float32" in -1..1.
+        dtype: "uint8", truncated to 0..255 as the reference does or, for one image, rounded; or
+        "float32" in -1..1. Raises sampler.DivergedError for frames that are not finite.
         """
         if dtype not in ("uint8", "float32"):
             raise ValueError(f"dtype is {dtype!r}; 'uint8' or 'float32' is needed")
@@ -163,10 +166,8 @@ class Wan:
     def _stream(
         self, latents: Array, dtype: str, callback: Callback | None
     ) -> Iterator[np.ndarray]:
-        try:
+        with self._stage("vae", callback):
             yield from self._decode(latents, dtype, callback)
-        finally:  # also when the caller stops early
-            self.release("vae")
 
     def _decode(
         self, latents: Array, dtype: str, callback: Callback | None
@@ -178,51 +179,40 @@ class Wan:
         b, _, height, width, _ = latents.shape
         state = vae.decoder_state(self.config.vae, b, height=height, width=width)
         starts = [0, *range(1, count, chunk)]
-        waiting: tuple[Array, int] | None = None
+        # One image is rounded, as the reference saves it; a video is truncated, as it writes those.
+        rounding = 0.5 if count == 1 else 0.0
+        waiting: tuple[Array, Array, int] | None = None
         for start in starts:
             stop = 1 if start == 0 else start + chunk
             run = _decode_program(start == 0, dtype, self.dtype)
             # A dynamic slice: a static one would be a program of its own for every chunk.
             piece = lax.dynamic_slice_in_dim(latents, start, stop - start, axis=1)
-            pixels, state = run(network, piece, state)
+            pixels, finite, state = run(network, piece, state, rounding)
             # The next chunk is computing on the device while the last one crosses to the host.
             if waiting is not None:
-                yield np.asarray(waiting[0])
-                _tell(callback, "decode", waiting[1], count)
-            waiting = pixels, stop
+                yield _fetch(*waiting)
+                _tell(callback, "decode", waiting[2], count)
+            waiting = pixels, finite, stop
         assert waiting is not None
-        yield np.asarray(waiting[0])
+        yield _fetch(*waiting)
         _tell(callback, "decode", count, count)
 
     def _denoise(self, request: Request, start: Array, callback: Callback | None) -> Array:
-        conds = self._conditions(request, callback)
-        network = self.network("dit", callback)
-        _tell(callback, "denoise", 0, len(request.schedule.table))
+        guided = request.guidance != 1.0
+        texts = (*request.prompts, *((request.negative,) if guided else ()))
+        context = self.encode_text(texts, callback)
 
         def on_step(i: int, steps: int, latents: Array) -> None:
             if callback is not None:
                 # A copy: the step's own buffer is the next step's, and a callback may keep it.
                 callback(Progress("denoise", i, steps, jnp.copy(latents)))
 
-        latents = sampler.sample(
-            network, start, request.schedule, conds, guidance=request.guidance, on_step=on_step
-        )
-        del network
-        self.release("dit")
-        return latents
-
-    def _conditions(self, request: Request, callback: Callback | None) -> tuple[Cond, ...]:
-        """Cross-attention conditions of the videos and, unless guidance is 1, of the negative."""
-        guided = request.guidance != 1.0
-        texts = (*request.prompts, *((request.negative,) if guided else ()))
-        context = self.encode_text(texts, callback)
-        n, b = len(request.prompts), len(request.prompts) * request.num_videos
-        each = jnp.repeat(context[:n], request.num_videos, axis=0)
-        network = self.network("dit", callback)
-        conds = [_prepare(network, each)]
-        if guided:
-            conds.append(_prepare(network, jnp.repeat(context[n:], b, axis=0)))
-        return tuple(conds)
+        with self._stage("dit", callback) as network:
+            _tell(callback, "denoise", 0, len(request.schedule.table))
+            conds = _conditions(network, context, request)
+            return sampler.sample(
+                network, start, request.schedule, conds, guidance=request.guidance, on_step=on_step
+            )
 
     def _noise(self, request: Request, noise: Any) -> Array:
         if noise is None:
@@ -231,6 +221,13 @@ class Wan:
             )
             return _commit(jnp.tile(drawn, (len(request.prompts), 1, 1, 1, 1)))
         return _commit(jnp.asarray(check_noise(noise, request.noise_shape)))
+
+
+def _fetch(pixels: Array, finite: Array, stop: int) -> np.ndarray:
+    """Frames on the host; DivergedError if they hold NaN, which bytes would show as black."""
+    if not bool(finite):
+        raise sampler.DivergedError(f"frames became NaN or infinite by latent frame {stop}")
+    return np.asarray(pixels)
 
 
 def _tell(callback: Callback | None, stage: str, done: int, total: int) -> None:
@@ -247,6 +244,15 @@ _encode_text = xla.jit(umt5.encode)
 _prepare = xla.jit(DiT.prepare)
 
 
+def _conditions(network: DiT, context: Array, request: Request) -> tuple[Cond, ...]:
+    """Conditions of the videos and, where the context has one row more, of the negative prompt."""
+    n, b = len(request.prompts), len(request.prompts) * request.num_videos
+    rows = [jnp.repeat(context[:n], request.num_videos, axis=0)]
+    if context.shape[0] > n:
+        rows.append(jnp.repeat(context[n:], b, axis=0))
+    return tuple(_prepare(network, row) for row in rows)
+
+
 def _vae_precision(dtype: str) -> lax.Precision:
     """The reference's: TF32 convolutions on NVIDIA; three bfloat16 passes are TPU's nearest."""
     if dtype == "float32":
@@ -259,10 +265,14 @@ def _decode_program(first: bool, pixels: str, dtype: str) -> Callable[..., Any]:
     """The compiled decoder of a first or a following chunk; the state's buffers are reused."""
     decode = vae.decode_first if first else vae.decode_next
 
-    def run(network: vae.VAE, latents: Array, state: vae.State) -> tuple[Array, vae.State]:
+    def run(
+        network: vae.VAE, latents: Array, state: vae.State, rounding: Array
+    ) -> tuple[Array, Array, vae.State]:
         frames, state = decode(network, latents, state, precision=_vae_precision(dtype))
+        finite = jnp.all(jnp.isfinite(frames))
         if pixels == "uint8":
-            frames = ((frames + 1.0) * 0.5 * 255.0).astype(jnp.uint8)
-        return frames, state
+            levels = (frames + 1.0) * 0.5 * 255.0 + rounding
+            frames = jnp.minimum(levels, 255.0).astype(jnp.uint8)
+        return frames, finite, state
 
     return xla.jit(run, donate_argnums=2)

@@ -56,6 +56,8 @@ def make_request(
     negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
     if not isinstance(negative, str):
         raise ValueError(f"negative_prompt is {negative!r}; one text is needed")
+    if timesteps is not None and not isinstance(timesteps, Iterable):
+        raise ValueError(f"timesteps is {timesteps!r}; a list of numbers from 1000 to 0 is needed")
     given = None if timesteps is None else tuple(timesteps)
     if steps is None:
         steps = defaults.steps if given is None else len(given)

@@ -125,6 +125,9 @@ def test_checkpoint_s_own_defaults_without_a_task(checkpoint: str) -> None:
         (["--save_file", "x.png"], "17"),
         (["--noise_file", "/nowhere.npy"], "/nowhere.npy"),
         (["--config", "/nowhere.py"], "/nowhere.py"),
+        (["--save_file", "x.avi"], "--save_file x.avi"),
+        (["--noise_file", "/nowhere.npy"], "--noise_file /nowhere.npy"),
+        (["--ckpt_dir", "/nowhere"], "--ckpt_dir /nowhere"),
     ],
 )
 def test_bad_values_are_named(
@@ -139,7 +142,25 @@ def test_bad_values_are_named(
 
 def test_odd_size_of_a_task_only_warns(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     plan("--task", "t2v-1.3B", "--ckpt_dir", checkpoint, "--size", "128*96")
-    assert "warning: --size 128*96" in capsys.readouterr().err
+    assert "warning: size 128*96" in capsys.readouterr().err
+
+
+def test_an_image_is_one_frame(checkpoint: str) -> None:
+    with pytest.raises(ValueError, match="--frame_num is 5; --task t2i-14B makes 1"):
+        plan("--task", "t2i-14B", "--ckpt_dir", checkpoint, "--frame_num", "5")
+
+
+@pytest.mark.parametrize("text", ["config = 5", 'config = {"sizes": 5}', "", "config = {"])
+def test_a_broken_config_file_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match="mine.py"):
+        plan("--config", str(tmp_path / "mine.py"))
+
+
+def test_help_lists_the_flags(tmp_path: Path) -> None:
+    done = script("--help", cwd=tmp_path)
+    assert "--ckpt_dir" in done.stdout
+    assert "--sample_shift" in done.stdout
 
 
 def test_config_file_is_read_and_not_run(tmp_path: Path) -> None:
@@ -177,8 +198,7 @@ def test_wrong_flags_are_one_line_and_exit_2(arguments: list[str], tmp_path: Pat
 
 
 def test_script_makes_a_video_and_says_how_long_it_took(tmp_path: Path) -> None:
-    cache = str(tmp_path / "cache")
-    small = ["--cache_dir", cache, "--size", "64*48", "--frame_num", "5", "--sample_steps", "2"]
+    small = ["--cache_dir", "cache", "--size", "64*48", "--frame_num", "5", "--sample_steps", "2"]
     noise = np.random.RandomState(0).standard_normal((16, 2, 6, 8)).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
     runs = [
@@ -200,5 +220,14 @@ def test_script_makes_a_video_and_says_how_long_it_took(tmp_path: Path) -> None:
         assert saved["frames"].dtype == np.float32
         assert np.abs(saved["frames"]).max() <= 1.0
         assert saved["latents"].shape == (2, 6, 8, 16)
+    converted = next(path for path in (tmp_path / "cache").iterdir() if "bfloat16" in path.name)
+    plain = [*small, "--ckpt_dir", f"cache/{converted.name}", "--save_file", "b.npz"]
+    done = script(*plain, "--dtype", "float32", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "was converted to bfloat16" in done.stderr
+    done = script(*plain, "--noise_file", "noise.npy", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "a.npz") as one, np.load(tmp_path / "b.npz") as two:
+        np.testing.assert_array_equal(one["frames"], two["frames"])
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"cache", "noise.npy", "a.mp4", "a.npz"}
+    assert left == {"cache", "noise.npy", "a.mp4", "a.npz", "b.npz"}

@@ -16,7 +16,7 @@ ORDER = (
     {"vae_blocks"},
     {"dit", "vae", "umt5", "clip"},
     {"sampler"},
-    {"weights.rules", "weights.trees"},
+    {"weights.rules", "weights.trees", "weights.folders"},
     {"weights.readers", "weights.dit", "weights.vae", "weights.umt5", "weights.clip"},
     {"weights.sources"},
     {"weights.checkpoint", "weights.miniature"},

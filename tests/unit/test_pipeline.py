@@ -18,7 +18,9 @@ from tests.unit.conftest import TINY
 from wan_jax import loading, pipeline, sampler
 from wan_jax.config import NANO_T2V
 from wan_jax.noise import MAX_SEED, initial_noise
-from wan_jax.pipeline import Progress, make_request
+from wan_jax.pipeline import Progress
+from wan_jax.request import make_request
+from wan_jax.sampler import DivergedError
 from wan_jax.schedulers import make_schedule
 from wan_jax.weights import miniature, trees
 from wan_jax.weights.sources import PARTS
@@ -61,16 +63,26 @@ def test_frames_latents_and_stream(wan: Wan) -> None:
     np.testing.assert_array_equal(np.concatenate(list(wan.decode(latents)), axis=1), frames)
 
 
-def test_bytes_are_the_truncated_floats(wan: Wan) -> None:
-    latents = 3 * _latents(wan)[:, :1]  # some reach the clamp
+@pytest.mark.parametrize(("count", "rounding"), [(2, 0.0), (1, 0.5)])
+def test_bytes_are_truncated_for_videos_and_rounded_for_images(
+    count: int, rounding: float, wan: Wan
+) -> None:
+    latents = 3 * _latents(wan)[:, :count]  # some reach the clamp
     levels = np.concatenate(list(wan.decode(latents)), axis=1).astype(np.float64)
     floats = np.concatenate(list(wan.decode(latents, dtype="float32")), axis=1)
     assert floats.dtype == np.float32
     assert np.abs(floats).max() == 1.0
-    cut = (floats.astype(np.float64) + 1.0) * 127.5 - levels
+    cut = (floats.astype(np.float64) + 1.0) * 127.5 + rounding - levels
     assert cut.min() >= -tolerances.PIPELINE_LEVEL
-    assert cut.max() < 1.0 + tolerances.PIPELINE_LEVEL
+    assert cut[floats < 1.0].max() < 1.0 + tolerances.PIPELINE_LEVEL
     assert set(np.unique(levels[np.abs(floats) == 1.0])) <= {0.0, 255.0}
+
+
+def test_frames_that_are_not_finite_are_refused(wan: Wan) -> None:
+    latents = _latents(wan)
+    latents[0, 1, 0, 0, 0] = np.nan
+    with pytest.raises(DivergedError, match="frames became NaN or infinite by latent frame"):
+        list(wan.decode(latents))
 
 
 def test_one_frame(wan: Wan) -> None:

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from orbax.checkpoint.experimental.v1 import partial
 
 from wan_jax.config import WanConfig
 from wan_jax.weights import rules, trees
+from wan_jax.weights.folders import written_whole
 from wan_jax.weights.sources import PARTS, Folder, abstract_part
 
 CONFIG, MANIFEST, TOKENIZER = "config.json", "manifest.json", "tokenizer"
@@ -53,11 +53,7 @@ def write(folder: Folder, path: Path, *, dtype: str, on_bytes: OnBytes | None = 
         if on_bytes is not None:
             on_bytes(min(done, total), total)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with written_whole(path, is_whole=is_checkpoint) as work:
         for part, plan in plans.items():
             reader = folder.sources[part].reader
             _save(work / part, rules.apply(plan, reader, progress=progress))
@@ -66,13 +62,6 @@ def write(folder: Folder, path: Path, *, dtype: str, on_bytes: OnBytes | None = 
         (work / MANIFEST).write_text(
             json.dumps(_manifest(folder, dtype), indent=2), encoding="utf-8"
         )
-        try:
-            work.rename(path)
-        except OSError:
-            if not is_checkpoint(path):  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     if on_bytes is not None:
         on_bytes(total, total)
 
@@ -91,6 +80,7 @@ def _save(path: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
     group: dict[str, np.ndarray] = {}
     for name, array in arrays:
         group[name] = array
+        del array  # or it would live on while the next one is made
         if sum(a.nbytes for a in group.values()) >= _GROUP_BYTES:
             partial.save(path, group)
             group = {}
@@ -122,6 +112,21 @@ def _manifest(folder: Folder, dtype: str) -> dict[str, Any]:
             for part, source in folder.sources.items()
         },
     }
+
+
+def check_dtype(path: Path, dtype: str) -> None:
+    """Raise ValueError for a checkpoint of another format, or one too coarse for `dtype`."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        written, stored = manifest["format"], manifest["dtype"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / MANIFEST} is not a manifest: {error!r}") from error
+    if written != FORMAT:
+        raise ValueError(f"{path} has format {written}, this release reads {FORMAT}; convert again")
+    if dtype == "float32" and stored != "float32":
+        raise ValueError(
+            f"{path} was converted to {stored}; for dtype float32 load the folder it came from"
+        )
 
 
 def read_config(path: Path) -> WanConfig:

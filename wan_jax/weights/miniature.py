@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.numpy import save_file
 from wan_jax.config import NANO_T2V, WanConfig
 from wan_jax.tokenizer import write_byte_tokenizer
 from wan_jax.weights import dit, rules, trees, umt5, vae
+from wan_jax.weights.folders import written_whole
 from wan_jax.weights.sources import DEFAULTS_FILE, PartConfig, abstract_part, part_table
 
 # The name changes with the sizes, so that a cache never holds those of another release.
@@ -24,15 +23,8 @@ NAME = f"random-nano-t2v-{zlib.crc32(NANO_T2V.to_json().encode()):08x}"
 
 def write(path: Path, *, config: WanConfig = NANO_T2V, seed: int = 0) -> None:
     """Write a checkpoint folder with random weights; it appears under its name when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
+    with written_whole(path, is_whole=Path.is_dir) as work:
         _write(work, config, seed)
-        if not path.is_dir():  # else another process was faster
-            work.rename(path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(path: Path, config: WanConfig, seed: int) -> None:

@@ -201,9 +201,13 @@ def apply(
         dtype = np.dtype(item.abstract.dtype)
         if not item.stacked:
             source = reader.read(item.sources[0])
-            yield item.target, np.ascontiguousarray(item.layout.apply(source), dtype)
+            count = source.nbytes
+            target = np.ascontiguousarray(item.layout.apply(source), dtype)
+            del source
+            yield item.target, target
+            del target
             if progress is not None:
-                progress(source.nbytes)
+                progress(count)
             continue
         target = np.empty(item.abstract.shape, dtype)
         for i, name in enumerate(item.sources):
@@ -211,7 +215,9 @@ def apply(
             target[i] = item.layout.apply(source)
             if progress is not None:
                 progress(source.nbytes)
+            del source
         yield item.target, target
+        del target  # or it would live on while the next one is filled
 
 
 def export(

@@ -70,6 +70,8 @@ def open_folder(path: Path) -> Folder:
 
     Raises ValueError naming what is missing and where it was looked for.
     """
+    if (path / "transformer_2").is_dir():
+        raise ValueError(f"{path} has a second transformer, as Wan2.2 does; Wan2.1 has one")
     sources = {
         "dit": _open_dit(path),
         "vae": _open_sub(path, "vae", vae.config_from_diffusers),
@@ -106,8 +108,10 @@ def _json(file: Path) -> dict[str, Any]:
 def _configured(file: Path, read: Callable[[], PartConfig]) -> PartConfig:
     try:
         return read()
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError) as error:
         raise ValueError(f"{file} lacks {error}, a dimension of the network") from error
+    except TypeError as error:
+        raise ValueError(f"{file} has a value of the wrong type: {error}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
