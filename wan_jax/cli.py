@@ -64,7 +64,7 @@ def define_flags(tasks: Sequence[str], values: flags.FlagValues = flags.FLAGS) -
     switch = functools.partial(flags.DEFINE_bool, flag_values=values)
     choice = functools.partial(flags.DEFINE_enum, flag_values=values)
     choice("task", None, list(tasks), "What to run; without it, the checkpoint's own defaults.")
-    string("ckpt_dir", None, "Checkpoint folder: Diffusers layout, or one converted before.")
+    string("ckpt_dir", None, "Checkpoint: Diffusers or original folder, or one converted before.")
     string("config", None, "A file like those in configs/, instead of --task.")
     string("size", None, "Width*height in pixels, multiples of 16, such as 832*480.")
     integer("frame_num", None, "Frames of the video, 4n + 1.")

@@ -38,9 +38,8 @@ def load(
 ) -> Wan:
     """A checkpoint ready to run.
 
-    path: a converted checkpoint, or a folder in the Diffusers layout, or one with the original
-    layout's DiT at its top, which is converted once into cache_dir; None makes and runs a small
-    checkpoint of random weights. dtype: "bfloat16", or "float32" to compare number by number.
+    path: a converted checkpoint, or a folder in the Diffusers or the original layout, which is
+    converted once into cache_dir; None makes and runs a small checkpoint of random weights. dtype: "bfloat16", or "float32" to compare number by number.
     offload: each stage's weights leave the device when it is done. text_on_cpu: UMT5 runs on the
     host. callback: told the progress; notify: told in a sentence what takes long. Raises ValueError
     naming what is wrong with the folder.
@@ -97,7 +96,7 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     source = Path(path).absolute()
     if not source.is_dir():
         raise ValueError(
-            f"{source} is not a folder; a checkpoint in the Diffusers layout is needed, e.g. from "
+            f"{source} is not a folder; a checkpoint folder is needed, for example from "
             "`hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir DIR`"
         )
     return source

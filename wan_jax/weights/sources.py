@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from wan_jax.tokenizer import load_tokenizer
 from wan_jax.umt5 import UMT5
 from wan_jax.vae import VAE
 from wan_jax.weights import dit, trees, umt5, vae
+from wan_jax.weights.pth import PthReader
 from wan_jax.weights.readers import SafetensorsReader, open_safetensors
 from wan_jax.weights.rules import Shape, Table
 
 PARTS = ("dit", "vae", "umt5")
 DEFAULTS_FILE = "wan_jax.json"
+VAE_PTH = "Wan2.1_VAE.pth"
+UMT5_PTH = "models_t5_umt5-xxl-enc-bf16.pth"
 PartConfig = DiTConfig | VAEConfig | UMT5Config
 
 
@@ -30,7 +33,7 @@ class Source:
 
     part: str
     naming: str
-    reader: SafetensorsReader
+    reader: SafetensorsReader | PthReader
     config: PartConfig
     table: Table
 
@@ -66,7 +69,7 @@ def part_table(config: PartConfig) -> Table:
 
 
 def open_folder(path: Path) -> Folder:
-    """Find every part of a Diffusers folder, or of one with the original's DiT at its top.
+    """Find every part of a folder in the Diffusers or the original layout, or of a mixture.
 
     Raises ValueError naming what is missing and where it was looked for.
     """
@@ -74,8 +77,8 @@ def open_folder(path: Path) -> Folder:
         raise ValueError(f"{path} has a second transformer, as Wan2.2 does; Wan2.1 has one")
     sources = {
         "dit": _open_dit(path),
-        "vae": _open_sub(path, "vae", vae.config_from_diffusers),
-        "umt5": _open_sub(path, "text_encoder", umt5.config_from_diffusers),
+        "vae": _open_vae(path),
+        "umt5": _open_umt5(path),
     }
     tokenizer = next(
         (path / name for name in ("tokenizer", "google/umt5-xxl") if (path / name).is_dir()), None
@@ -134,10 +137,37 @@ def _open_dit(path: Path) -> Source:
     return Source("dit", "diffusers", reader, config, dit.TABLE)
 
 
-def _open_sub(path: Path, name: str, read: Callable[[dict[str, Any]], PartConfig]) -> Source:
+def _open_vae(path: Path) -> Source:
+    if (path / "vae").is_dir() or not (path / VAE_PTH).is_file():
+        return _open_sub(path, "vae", vae.config_from_diffusers, VAE_PTH)
+    return _open_pth(path / VAE_PTH, "vae", vae.config_from_shapes)
+
+
+def _open_umt5(path: Path) -> Source:
+    if (path / "text_encoder").is_dir() or not (path / UMT5_PTH).is_file():
+        return _open_sub(path, "text_encoder", umt5.config_from_diffusers, UMT5_PTH)
+    return _open_pth(path / UMT5_PTH, "umt5", umt5.config_from_shapes)
+
+
+def _open_pth(
+    file: Path, part: str, read: Callable[[Mapping[str, Shape], str], PartConfig]
+) -> Source:
+    """A network of the original layout, which keeps no dimensions but the shapes."""
+    reader = PthReader(file)
+    shapes = {name: shape for name, (shape, _) in reader.shapes().items()}
+    config = _configured(file, lambda: read(shapes, "wan"))
+    return Source(part, "wan", reader, config, part_table(config))
+
+
+def _open_sub(
+    path: Path, name: str, read: Callable[[dict[str, Any]], PartConfig], other: str
+) -> Source:
     folder = path / name
     if not folder.is_dir():
-        raise ValueError(f"{path} has no folder {name}/ with safetensors and config.json")
+        raise ValueError(
+            f"{path} has neither {name}/ with safetensors and config.json (Diffusers layout) nor "
+            f"{other} (original layout)"
+        )
     file = folder / "config.json"
     values = _json(file)
     config = _configured(file, lambda: read(values))
