@@ -39,10 +39,10 @@ def load(
     """A checkpoint ready to run.
 
     path: a converted checkpoint, or a folder in the Diffusers or the original layout, which is
-    converted once into cache_dir; None makes and runs a small checkpoint of random weights. dtype: "bfloat16", or "float32" to compare number by number.
-    offload: each stage's weights leave the device when it is done. text_on_cpu: UMT5 runs on the
-    host. callback: told the progress; notify: told in a sentence what takes long. Raises ValueError
-    naming what is wrong with the folder.
+    converted once into cache_dir; None makes and runs a small checkpoint of random weights. dtype:
+    "bfloat16", or "float32" to compare number by number. offload: each stage's weights leave the
+    device when it is done. text_on_cpu: UMT5 runs on the host. callback: told the progress; notify:
+    told in a sentence what takes long. Raises ValueError naming what is wrong with the folder.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} is needed")
