@@ -9,8 +9,10 @@ import jax
 # GPU: without the NHWC layout cuDNN's 3D convolutions transpose input and output (1.4 to 1.9 times
 # slower on an H200). CPU: code motion would convert all layers of a bfloat16 stack to float32
 # before the scan, 18 GiB for UMT5-XXL.
+_GPU: dict[str, bool | str] = {"xla_gpu_force_conv_nhwc": True}
 _OPTIONS: dict[str, dict[str, bool | str]] = {
-    "gpu": {"xla_gpu_force_conv_nhwc": True},
+    "gpu": _GPU,
+    "cuda": _GPU,
     "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
 }
 

@@ -506,8 +506,8 @@ def test_networks_that_do_not_belong_together(source: Path, cache: Path) -> None
 def test_folders_that_are_missing(source: Path, cache: Path, tmp_path: Path) -> None:
     for name, message in (
         ("transformer", "has neither transformer/*.safetensors"),
-        ("vae", "has no folder vae/"),
-        ("text_encoder", "has no folder text_encoder/"),
+        ("vae", "has neither vae/ with safetensors"),
+        ("text_encoder", "has neither text_encoder/ with safetensors"),
         ("tokenizer", "has no tokenizer/"),
     ):
         (source / name).rename(tmp_path / "hidden")
