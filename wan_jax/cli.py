@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
@@ -301,6 +302,7 @@ class Reporter:
 
 def execute(values: flags.FlagValues, job: Job) -> None:
     """Load, generate, decode into the file."""
+    jax.devices()  # a platform that cannot start says so here, and later only fails an assertion
     report = Reporter()
     wan = wan_jax.load(
         values.ckpt_dir,
