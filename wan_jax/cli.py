@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import math
+import os
 import re
 import signal
 import sys
@@ -302,7 +303,7 @@ class Reporter:
 
 def execute(values: flags.FlagValues, job: Job) -> None:
     """Load, generate, decode into the file."""
-    jax.devices()  # a platform that cannot start says so here, and later only fails an assertion
+    _check_platform()
     report = Reporter()
     wan = wan_jax.load(
         values.ckpt_dir,
@@ -322,6 +323,17 @@ def execute(values: flags.FlagValues, job: Job) -> None:
     media.save_video(frames, job.output, fps=job.config.defaults.fps, latents=extra)
     _say(report.line())
     _say(f"saved {job.output}")
+
+
+def _check_platform() -> None:
+    """Raise RuntimeError if JAX cannot start; it fails an assertion where no plugin is installed."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        named = os.environ.get("JAX_PLATFORMS", "")
+        raise RuntimeError(
+            f"JAX_PLATFORMS={named} has no device that starts here: {error}"
+        ) from None
 
 
 def _say(message: str) -> None:
