@@ -326,7 +326,7 @@ def execute(values: flags.FlagValues, job: Job) -> None:
 
 
 def _check_platform() -> None:
-    """Raise RuntimeError if JAX cannot start; it fails an assertion where no plugin is installed."""
+    """Raise RuntimeError if JAX cannot start; without a plugin it only fails an assertion."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
