@@ -36,13 +36,16 @@ class Progress(NamedTuple):
     """What a callback is told: `done` of `total` parts of a stage are finished.
 
     stage: "convert" (in bytes), "load", "encode", "denoise" or "decode"; the first report of each
-    has done = 0. latents: float32 [b, t, h, w, c] after a denoising step, else None.
+    has done = 0 or, where a run is resumed, the steps done before. latents: float32 [b, t, h, w, c]
+    after a denoising step, else None. carry: then also where the solver stands, in buffers that the
+    next step reuses: copy what is kept.
     """
 
     stage: str
     done: int
     total: int
     latents: Array | None = None
+    carry: sampler.Carry | None = None
 
 
 Callback = Callable[[Progress], None]
@@ -54,6 +57,7 @@ class Wan:
 
     loaders: {"dit" | "vae" | "umt5": function that puts the network on the device}.
     offload: each stage's weights leave the device when it is done and are read again when needed.
+    digest: SHA-256 over those of the source files, or "" for networks from elsewhere.
     """
 
     config: WanConfig
@@ -61,6 +65,7 @@ class Wan:
     loaders: dict[str, Callable[[], Any]]
     dtype: str = "bfloat16"
     offload: bool = False
+    digest: str = ""
     _resident: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def network(self, part: str, callback: Callback | None = None) -> Any:
@@ -126,7 +131,7 @@ class Wan:
             num_videos=num_videos,
         )
         start = self._noise(request, noise)
-        latents = self._denoise(request, start, callback)
+        latents = self.denoise(request, self.encode_text(texts(request), callback), start, callback)
         if output == "latents":
             return np.array(latents)
         if output == "stream":
@@ -141,12 +146,15 @@ class Wan:
     def encode_text(self, prompts: Sequence[str], callback: Callback | None = None) -> Array:
         """UMT5 states [b, s, d] of the cleaned prompts, zero past each text."""
         ids, mask = tokenizer.tokenize(self.tokenizer, prompts, length=self.config.dit.text_len)
+        contexts = []
         with self._stage("umt5", callback) as network:
-            _tell(callback, "encode", 0, 1)
-            context = jax.block_until_ready(_commit(_encode_text(network, ids, mask)))
+            _tell(callback, "encode", 0, len(prompts))
+            for i in range(len(prompts)):  # one by one: a text's states do not know its neighbours
+                states = _encode_text(network, ids[i : i + 1], mask[i : i + 1])
+                contexts.append(jax.block_until_ready(_commit(states)))
+                _tell(callback, "encode", i + 1, len(prompts))
             del network
-        _tell(callback, "encode", 1, 1)
-        return context
+        return jnp.concatenate(contexts)
 
     def decode(
         self, latents: Any, *, dtype: str = "uint8", callback: Callback | None = None
@@ -197,18 +205,31 @@ class Wan:
         yield _fetch(*waiting)
         _tell(callback, "decode", count, count)
 
-    def _denoise(self, request: Request, start: Array, callback: Callback | None) -> Array:
-        guided = request.guidance != 1.0
-        texts = (*request.prompts, *((request.negative,) if guided else ()))
-        context = self.encode_text(texts, callback)
+    def denoise(
+        self,
+        request: Request,
+        context: Array,
+        start: Array | sampler.Carry,
+        callback: Callback | None = None,
+    ) -> Array:
+        """Latents [b, t, h, w, c] float32 of a request.
 
-        def on_step(i: int, steps: int, latents: Array) -> None:
+        context: states [n, s, d] of texts(request). start: noise [b, t, h, w, c], or the carry of
+        an interrupted run of the same request. Raises sampler.DivergedError naming the step at
+        which latents became NaN or infinite.
+        """
+        done = start.done if isinstance(start, sampler.Carry) else 0
+        if isinstance(start, sampler.Carry):
+            start = start._replace(state=jax.tree.map(_commit, start.state))
+
+        def on_step(carry: sampler.Carry, steps: int) -> None:
             if callback is not None:
                 # A copy: the step's own buffer is the next step's, and a callback may keep it.
-                callback(Progress("denoise", i, steps, jnp.copy(latents)))
+                latents = jnp.copy(carry.state.x)
+                callback(Progress("denoise", carry.done, steps, latents, carry))
 
         with self._stage("dit", callback) as network:
-            _tell(callback, "denoise", 0, len(request.schedule.table))
+            _tell(callback, "denoise", done, len(request.schedule.table))
             conds = _conditions(network, context, request)
             return sampler.sample(
                 network, start, request.schedule, conds, guidance=request.guidance, on_step=on_step
@@ -221,6 +242,11 @@ class Wan:
             )
             return _commit(jnp.tile(drawn, (len(request.prompts), 1, 1, 1, 1)))
         return _commit(jnp.asarray(check_noise(noise, request.noise_shape)))
+
+
+def texts(request: Request) -> tuple[str, ...]:
+    """The texts to encode: the prompts and, where guidance needs it, the negative prompt last."""
+    return (*request.prompts, *((request.negative,) if request.guidance != 1.0 else ()))
 
 
 def _fetch(pixels: Array, finite: Array, stop: int) -> np.ndarray:
@@ -246,6 +272,7 @@ _prepare = xla.jit(DiT.prepare)
 
 def _conditions(network: DiT, context: Array, request: Request) -> tuple[Cond, ...]:
     """Conditions of the videos and, where the context has one row more, of the negative prompt."""
+    context = _commit(jnp.asarray(context))
     n, b = len(request.prompts), len(request.prompts) * request.num_videos
     rows = [jnp.repeat(context[:n], request.num_videos, axis=0)]
     if context.shape[0] > n:

@@ -19,7 +19,6 @@ from wan_jax.dit import Cond, DiT
 from wan_jax.schedulers import Row, Schedule
 
 Array = jax.Array
-OnStep = Callable[[int, int, Array], None]
 
 
 class State(NamedTuple):
@@ -29,6 +28,16 @@ class State(NamedTuple):
     last: Array
     m0: Array
     m1: Array
+
+
+class Carry(NamedTuple):
+    """Where a run stands: the solver steps done, and the state after them."""
+
+    done: int
+    state: State
+
+
+OnStep = Callable[[Carry, int], None]
 
 
 class DivergedError(ArithmeticError):
@@ -92,6 +101,7 @@ def step(
 
 # Compiled so that the carry's four parts are buffers of their own: the step donates each.
 _jitted_start = xla.jit(initial_state)
+_jitted_copy = xla.jit(lambda state: jax.tree.map(jnp.copy, state))
 
 
 def _checked_step(
@@ -115,7 +125,7 @@ def _rows(schedule: Schedule) -> list[Row]:
 
 def sample(
     dit: DiT,
-    noise_bthwc: Array,
+    start: Array | Carry,
     schedule: Schedule,
     conds: Sequence[Cond],
     *,
@@ -125,13 +135,15 @@ def sample(
 ) -> Array:
     """Latents [b, t, h, w, c] float32 from noise of that shape: the loop driver.
 
-    on_step(i, steps, latents) is called after step i (from 1) is done; what it raises stops the
-    loop, and it must copy latents it wants to keep, as the next step reuses their buffer. Raises
+    start: the noise, or where an interrupted run stood, whose bits go on as if it had not been.
+    on_step(carry, steps) is called after every step; what it raises stops the loop, and it must
+    copy the arrays that it wants to keep, as the next step reuses their buffers. Raises
     DivergedError naming the step whose latents are no longer finite.
     """
-    state = _jitted_start(noise_bthwc)
+    done, state = start if isinstance(start, Carry) else (0, start)
+    state = _jitted_copy(state) if isinstance(state, State) else _jitted_start(state)
     scale, rows = np.float32(guidance), _rows(schedule)
-    for i, row in enumerate(rows, start=1):
+    for i, row in enumerate(rows[done:], start=done + 1):
         state, finite = _jitted_step(
             dit, state, row, tuple(conds), scale, implementation=implementation
         )
@@ -141,7 +153,7 @@ def sample(
                 f"(timestep {row.timestep:g}); nothing after it can be right"
             )
         if on_step is not None:
-            on_step(i, len(rows), state.x)
+            on_step(Carry(i, state), len(rows))
     return state.x
 
 

@@ -513,8 +513,7 @@ def test_folders_that_are_missing(source: Path, cache: Path, tmp_path: Path) -> 
         (source / name).rename(tmp_path / "hidden")
         _fails(source, cache, str(source), message)
         (tmp_path / "hidden").rename(source / name)
-    _fails(tmp_path / "nowhere", cache, "nowhere is not a folder")
-    _fails(source / "model_index.json", cache, "model_index.json is not a folder")
+    _fails(tmp_path / "nowhere", cache, "nowhere does not exist; needed is a checkpoint's folder")
 
 
 def test_a_tokenizer_without_its_file(source: Path, cache: Path) -> None:

@@ -9,14 +9,14 @@ ROOT = Path(__file__).parents[2]
 
 # From left to right; modules in one entry do not know each other.
 ORDER = (
-    {"config", "xla", "schedulers", "noise", "media", "tokenizer"},
-    {"sharding"},
+    {"config", "xla", "schedulers", "noise", "noise_file", "ffmpeg", "tokenizer"},
+    {"sharding", "media"},
     {"layers"},
     {"rope", "attention"},
     {"vae_blocks"},
     {"dit", "vae", "umt5", "clip"},
     {"sampler"},
-    {"weights.rules", "weights.trees", "weights.folders"},
+    {"weights.rules", "weights.trees", "weights.folders", "weights.hashes"},
     {
         "weights.readers",
         "weights.pth",
@@ -26,12 +26,16 @@ ORDER = (
         "weights.clip",
     },
     {"weights.sources"},
-    {"weights.checkpoint", "weights.miniature"},
+    {"weights.checkpoint", "weights.miniature", "weights.remote"},
+    {"weights.export"},
     {"request"},
     {"pipeline"},
     {"loading"},
     {"__init__"},
     {"cli"},
+    {"resume"},
+    {"jobs"},
+    {"runner"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 BANNED = {"torch", "diffusers", "transformers", "benchmarks", "convert", "tests"}

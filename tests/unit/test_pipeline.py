@@ -293,7 +293,7 @@ def test_guidance_of_one_encodes_and_runs_the_prompt_alone(
 
 # Progress, stopping, and weights that leave.
 
-RUN = [("encode", 0, 1), ("encode", 1, 1)]
+RUN = [("encode", i, 2) for i in range(3)]
 RUN += [("denoise", i, 2) for i in range(3)]
 RUN += [("decode", i, 2) for i in range(3)]
 
@@ -345,7 +345,7 @@ def test_offload_gives_the_same_video_and_drops_the_weights(
     frames = lean.generate(PROMPT, seed=7, callback=callback)
     np.testing.assert_array_equal(frames, wan.generate(PROMPT, seed=7))
     load = [("load", 0, 1), ("load", 1, 1)]
-    assert told == [*load, *RUN[:2], *load, *RUN[2:5], *load, *RUN[5:]]
+    assert told == [*load, *RUN[:3], *load, *RUN[3:6], *load, *RUN[6:]]
     assert max(map(len, resident)) == 1
     assert lean._resident == {}
     chunks = list(lean.generate(PROMPT, seed=7, output="stream"))

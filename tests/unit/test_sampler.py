@@ -19,7 +19,7 @@ from tests.random_weights import random_array, relative_l2
 from wan_jax import sampler, xla
 from wan_jax.config import DiTConfig
 from wan_jax.dit import Cond, DiT
-from wan_jax.sampler import DivergedError, sample
+from wan_jax.sampler import Carry, DivergedError, State, initial_state, sample
 from wan_jax.schedulers import COLUMNS, Row, Schedule, make_schedule
 from wan_jax.weights import trees
 
@@ -205,7 +205,7 @@ def test_the_step_that_diverges_is_named(step: int, value: float) -> None:
             schedule,
             (jnp.float32(0.0),),
             guidance=1.0,
-            on_step=lambda i, total, latents: steps.append(i),
+            on_step=lambda carry, total: steps.append(carry.done),
         )
     assert steps == list(range(1, step))
     assert issubclass(DivergedError, ArithmeticError)
@@ -216,8 +216,8 @@ def test_on_step_sees_every_step_and_its_latents() -> None:
     conds = (jnp.float32(0.7),)
     seen = []
 
-    def on_step(i: int, steps: int, latents: jax.Array) -> None:
-        seen.append((i, steps, np.array(latents)))
+    def on_step(carry: Carry, steps: int) -> None:
+        seen.append((carry.done, steps, np.array(carry.state.x)))
 
     schedule = _schedule("euler")
     result = sample(network, _noise(), schedule, conds, guidance=1.0, on_step=on_step)
@@ -236,9 +236,9 @@ def test_what_on_step_raises_stops_the_loop() -> None:
     class StopError(Exception):
         pass
 
-    def on_step(i: int, total: int, latents: jax.Array) -> None:
-        steps.append(i)
-        if i == 2:
+    def on_step(carry: Carry, total: int) -> None:
+        steps.append(carry.done)
+        if carry.done == 2:
             raise StopError
 
     network = _line(lambda x, t, cond: cond * x)
@@ -259,3 +259,27 @@ def test_the_callers_noise_stays_usable(steps: int) -> None:
     ]
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(noise, before)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+@pytest.mark.parametrize("done", [0, 1, 3, STEPS])
+def test_a_run_that_is_taken_up_again_gives_the_same_bits(solver: str, done: int) -> None:
+    network = _line(lambda x, t, cond: cond * jnp.sin(3.0 * x) + x * (t / 1000.0))
+    conds, schedule = (jnp.float32(0.7),), _schedule(solver)
+    kept: list[Carry] = [Carry(0, State(*map(np.array, initial_state(_noise()))))]
+
+    def on_step(carry: Carry, steps: int) -> None:
+        kept.append(Carry(carry.done, State(*map(np.array, carry.state))))
+
+    whole = sample(network, _noise(), schedule, conds, guidance=1.0, on_step=on_step)
+    later: list[int] = []
+    resumed = sample(
+        network,
+        kept[done],
+        schedule,
+        conds,
+        guidance=1.0,
+        on_step=lambda carry, steps: later.append(carry.done),
+    )
+    np.testing.assert_array_equal(resumed, whole)
+    assert later == list(range(done + 1, STEPS + 1))

@@ -1,14 +1,16 @@
 """Our own checkpoints: an Orbax folder for each network, config.json, manifest.json, tokenizer/.
 
-Arrays are written a few at a time and the folder appears under its name only when it is whole.
+Arrays are written a few at a time, and the manifest, which says what is there, is written last.
 """
 
-import dataclasses
+import contextlib
 import datetime
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,123 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from orbax.checkpoint.experimental.v1 import partial
 
-from wan_jax.config import WanConfig
+from wan_jax.config import DiTConfig, UMT5Config, VAEConfig, WanConfig
 from wan_jax.weights import rules, trees
-from wan_jax.weights.folders import written_whole
-from wan_jax.weights.sources import PARTS, Folder, abstract_part
+from wan_jax.weights.folders import check_space, wait_for_others, written_whole
+from wan_jax.weights.hashes import FileHashes
+from wan_jax.weights.sources import PARTS, Folder, PartConfig, Source, abstract_part
 
 CONFIG, MANIFEST, TOKENIZER = "config.json", "manifest.json", "tokenizer"
-FORMAT = 1
+FORMAT = 2
+_ADDED = "added"  # where parts that are added are written first
+_SPARE = 2**26  # bytes of disk beyond the arrays: the tokenizer, indices, JSON
 _GROUP_BYTES = 2**30  # arrays are handed to Orbax in groups of about this size
+_CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config}
 
 OnBytes = Callable[[int, int], None]
+Plans = Mapping[str, list[rules.Assignment]]
+
+
+def plan(folder: Folder, dtype: str) -> Plans:
+    """{part: assignments} that convert a folder; every name, shape and stored dtype is checked.
+
+    dtype: "bfloat16" stores the kernels of bfloat16 products so and the float32 islands as
+    float32; "float32" stores everything as float32. Only headers are read.
+    Raises rules.MismatchError for a checkpoint that does not fit.
+    """
+    if set(PARTS) <= set(folder.sources):
+        _ = folder.config  # the networks must fit each other
+    return {part: _plan(source, dtype) for part, source in folder.sources.items()}
+
+
+def _plan(source: Source, dtype: str) -> list[rules.Assignment]:
+    targets = trees.flatten(abstract_part(source.config, jnp.dtype(dtype)))
+    what = f"{_where(source)} ({source.part}, {source.naming} names)"
+    names = list(source.reader.shapes())
+    found = rules.resolve(source.table, targets, naming=source.naming, names=names, what=what)
+    rules.check_shapes(found, source.reader, what=what)
+    return found
+
+
+def _where(source: Source) -> Path:
+    """The file of a network, or the folder of its shards."""
+    files = source.reader.files
+    return files[0] if len(files) == 1 else files[0].parent
+
+
+def nbytes(plans: Plans) -> int:
+    """Bytes of all arrays that the plans fill."""
+    leaves = (item.abstract for items in plans.values() for item in items)
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the folder is one that write() finished."""
+    """Whether the folder is one that write() finished, whatever parts it has."""
     return (path / CONFIG).is_file() and (path / MANIFEST).is_file()
 
 
-def write(folder: Folder, path: Path, *, dtype: str, on_bytes: OnBytes | None = None) -> None:
-    """Convert PyTorch files into a checkpoint at `path`, which must not exist yet.
+def wait(path: Path, *, on_wait: Callable[[], None] | None = None) -> None:
+    """Wait for processes that write the same checkpoint; remove what killed ones left of it.
 
-    dtype: "bfloat16" stores the kernels of bfloat16 products so and the float32 islands as
-    float32; "float32" stores everything as float32. on_bytes(done, total) reports bytes read.
-    Every name, shape and stored dtype is checked before the first tensor is read.
-    Raises rules.MismatchError for a checkpoint that does not fit.
+    on_wait() is called before the first wait.
     """
-    plans = {part: _plan(folder, part, dtype) for part in PARTS}
+    for place in (path, path / _ADDED):
+        wait_for_others(place, on_wait=on_wait)
+
+
+def write(
+    folder: Folder,
+    path: Path,
+    *,
+    dtype: str,
+    on_bytes: OnBytes | None = None,
+    flag: str = "cache_dir",
+) -> None:
+    """Convert PyTorch files into a checkpoint at `path`; it appears there when it is whole.
+
+    on_bytes(done, total) reports bytes read. flag: what an error about the disk advises to change.
+    Raises ValueError before the first tensor is read if the files do not fit (see plan) or the
+    disk is too small, and for a tensor that holds NaN.
+    """
+    plans = plan(folder, dtype)
+    check_space(path, nbytes(plans) + _SPARE, flag=flag)
+    with written_whole(path, is_whole=is_checkpoint) as work:
+        parts = _fill(work, folder, plans, on_bytes=on_bytes)
+        _write_json(work / CONFIG, _sections(folder))
+        _write_json(work / MANIFEST, _manifest(parts, dtype))
+
+
+def add(
+    folder: Folder, path: Path, *, on_bytes: OnBytes | None = None, flag: str = "cache_dir"
+) -> None:
+    """Convert PyTorch files into parts of the checkpoint at `path`, in its dtype.
+
+    Raises ValueError as write() does, and for a part that is there already. What fails or is
+    interrupted leaves the checkpoint as it was.
+    """
+    before = read_manifest(path)
+    both = [part for part in folder.sources if part in before["parts"]]
+    if both:
+        raise ValueError(f"{path} has {', '.join(both)} already; remove it or give another name")
+    sections = json.loads((path / CONFIG).read_text(encoding="utf-8")) | _sections(folder)
+    if set(PARTS) <= set(sections):
+        WanConfig.from_json(json.dumps(sections))  # the networks must fit each other
+    plans = plan(folder, before["dtype"])
+    check_space(path, nbytes(plans) + _SPARE, flag=flag)
+    # Inside, and so on the same disk: the parts are moved to their places.
+    with written_whole(path / _ADDED, is_whole=Path.is_dir) as work:
+        parts = _fill(work, folder, plans, on_bytes=on_bytes)
+        for name in (*parts, TOKENIZER):
+            if (work / name).exists():
+                shutil.rmtree(path / name, ignore_errors=True)
+                (work / name).rename(path / name)
+        _write_json(path / CONFIG, sections)
+        _write_json(path / MANIFEST, _manifest(before["parts"] | parts, before["dtype"]))
+    shutil.rmtree(path / _ADDED, ignore_errors=True)
+
+
+def _fill(work: Path, folder: Folder, plans: Plans, *, on_bytes: OnBytes | None) -> dict[str, Any]:
+    """Write the networks and the tokenizer; gives the manifest's entry of each part."""
     total = sum(source.reader.nbytes() for source in folder.sources.values())
     done = 0
 
@@ -51,29 +144,27 @@ def write(folder: Folder, path: Path, *, dtype: str, on_bytes: OnBytes | None = 
         nonlocal done
         done += count
         if on_bytes is not None:
-            on_bytes(min(done, total), total)
+            on_bytes(min(done, total - 1), total)
 
-    with written_whole(path, is_whole=is_checkpoint) as work:
-        for part, plan in plans.items():
-            reader = folder.sources[part].reader
-            _save(work / part, rules.apply(plan, reader, progress=progress))
-        _copy_files(folder.tokenizer, work / TOKENIZER)
-        (work / CONFIG).write_text(folder.config.to_json(), encoding="utf-8")
-        (work / MANIFEST).write_text(
-            json.dumps(_manifest(folder, dtype), indent=2), encoding="utf-8"
-        )
+    files = [file for source in folder.sources.values() for file in source.reader.files]
+    with FileHashes(files) as hashes:
+        for part, items in plans.items():
+            source = folder.sources[part]
+            what = str(_where(source))
+            _save(work / part, rules.apply(items, source.reader, what=what, progress=progress))
+        if folder.tokenizer is not None:
+            _copy_files(folder.tokenizer, work / TOKENIZER)
+        parts = {part: _entry(folder.sources[part], plans[part], hashes) for part in plans}
     if on_bytes is not None:
         on_bytes(total, total)
+    return parts
 
 
-def _plan(folder: Folder, part: str, dtype: str) -> list[rules.Assignment]:
-    source = folder.sources[part]
-    targets = trees.flatten(abstract_part(source.config, jnp.dtype(dtype)))
-    what = f"{source.reader.files[0].parent} ({part}, {source.naming} names)"
-    names = list(source.reader.shapes())
-    plan = rules.resolve(source.table, targets, naming=source.naming, names=names, what=what)
-    rules.check_shapes(plan, source.reader, what=what)
-    return plan
+def _write_json(file: Path, values: Any) -> None:
+    """The file is the old one or the new one, never half of it."""
+    work = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    work.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+    work.rename(file)
 
 
 def _save(path: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
@@ -97,42 +188,90 @@ def _copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _manifest(folder: Folder, dtype: str) -> dict[str, Any]:
+def _sections(folder: Folder) -> dict[str, Any]:
+    sections = {part: source.config.to_dict() for part, source in folder.sources.items()}
+    return (
+        sections if folder.defaults is None else sections | {"defaults": folder.defaults.to_dict()}
+    )
+
+
+def _entry(source: Source, items: list[rules.Assignment], hashes: FileHashes) -> dict[str, Any]:
+    stored = {name: kind for name, (_, kind) in source.reader.shapes().items()}
+    used = [name for item in items for name in item.sources]
+    common = Counter(stored[name] for name in used).most_common(1)[0][0]
     return {
-        "format": FORMAT,
-        "dtype": dtype,
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "source": str(folder.path),
-        "parts": {
-            part: {
-                "naming": source.naming,
-                "tensors": len(source.reader.shapes()),
-                "files": {file.name: file.stat().st_size for file in source.reader.files},
-            }
-            for part, source in folder.sources.items()
+        "source": str(_where(source)),
+        "naming": source.naming,
+        "rules": len(items),
+        "tensors": len(used),
+        "dtype": common,
+        "dtypes": {name: stored[name] for name in used if stored[name] != common},
+        "files": {
+            file.name: {"bytes": file.stat().st_size, "sha256": hashes.of(file)}
+            for file in source.reader.files
         },
     }
 
 
-def check_dtype(path: Path, dtype: str) -> None:
-    """Raise ValueError for a checkpoint of another format, or one too coarse for `dtype`."""
+def _manifest(parts: dict[str, Any], dtype: str) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    digest = _digest(parts)
+    return {"format": FORMAT, "dtype": dtype, "written": now, "digest": digest, "parts": parts}
+
+
+def _digest(parts: Mapping[str, Any]) -> str:
+    """A name for the contents of all source files, whatever they are called and wherever."""
+    facts = {
+        part: sorted(file["sha256"] for file in parts[part]["files"].values())
+        for part in sorted(parts)
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json of a checkpoint; ValueError if it is none or of another format."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        written, stored = manifest["format"], manifest["dtype"]
-    except (KeyError, TypeError, ValueError) as error:
+        _, _, written = manifest["dtype"], manifest["parts"].keys(), manifest["format"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / MANIFEST} is not a manifest: {error!r}") from error
     if written != FORMAT:
         raise ValueError(f"{path} has format {written}, this release reads {FORMAT}; convert again")
-    if dtype == "float32" and stored != "float32":
+    return manifest
+
+
+def check_whole(path: Path, dtype: str) -> None:
+    """Raise ValueError for a checkpoint that lacks a part, or is too coarse for `dtype`."""
+    manifest = read_manifest(path)
+    missing = [part for part in PARTS if part not in manifest["parts"]]
+    if missing:
         raise ValueError(
-            f"{path} was converted to {stored}; for dtype float32 load the folder it came from"
+            f"{path} has no {', '.join(missing)}; add with `python convert/to_orbax.py --src DIR "
+            f"--dst {path} --parts {','.join(missing)} --dtype {manifest['dtype']}`"
+        )
+    if dtype == "float32" and manifest["dtype"] != "float32":
+        raise ValueError(
+            f"{path} was converted to {manifest['dtype']}; for dtype float32 load the folder it "
+            "came from"
         )
 
 
 def read_config(path: Path) -> WanConfig:
     """The configuration of a checkpoint; ValueError if config.json is not one."""
-    try:
+    with _explained(path):
         return WanConfig.from_json((path / CONFIG).read_text(encoding="utf-8"))
+
+
+def read_part_config(path: Path, part: str) -> PartConfig:
+    """The configuration of one network of a checkpoint, which may have no other."""
+    with _explained(path):
+        return _CONFIGS[part].from_dict(json.loads((path / CONFIG).read_text("utf-8"))[part])
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path / CONFIG} is not a wan_jax configuration: {error}") from error
 
@@ -157,18 +296,3 @@ def restore(
         line = str(error).splitlines()[0][:300]
         raise ValueError(f"{path / part} is not a whole Orbax checkpoint: {line}") from error
     return trees.fill(module, arrays)
-
-
-def digest(folder: Folder, dtype: str) -> str:
-    """A short name for what converting this folder would give: files, sizes, times and dtype."""
-    facts = [
-        str(folder.path.resolve()),
-        dtype,
-        str(FORMAT),
-        json.dumps(dataclasses.asdict(folder.config)),
-    ]
-    files = [file for source in folder.sources.values() for file in source.reader.files]
-    for file in (*files, folder.tokenizer / "tokenizer.json"):
-        status = file.stat()
-        facts.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]

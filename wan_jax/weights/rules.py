@@ -191,16 +191,21 @@ def check_shapes(plan: Sequence[Assignment], reader: Reader, *, what: str = "che
 
 
 def apply(
-    plan: Sequence[Assignment], reader: Reader, *, progress: Callable[[int], None] | None = None
+    plan: Sequence[Assignment],
+    reader: Reader,
+    *,
+    what: str = "checkpoint",
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (target path, array in the target's shape and dtype), one target in memory at a time.
 
-    progress is called with the number of bytes read after each source tensor.
+    progress is called with the number of bytes read after each source tensor. Raises MismatchError
+    naming a tensor that holds NaN or infinite values, as damaged files do.
     """
     for item in plan:
         dtype = np.dtype(item.abstract.dtype)
         if not item.stacked:
-            source = reader.read(item.sources[0])
+            source = _read(reader, item.sources[0], what)
             count = source.nbytes
             target = np.ascontiguousarray(item.layout.apply(source), dtype)
             del source
@@ -211,13 +216,20 @@ def apply(
             continue
         target = np.empty(item.abstract.shape, dtype)
         for i, name in enumerate(item.sources):
-            source = reader.read(name)
+            source = _read(reader, name, what)
             target[i] = item.layout.apply(source)
             if progress is not None:
                 progress(source.nbytes)
             del source
         yield item.target, target
         del target  # or it would live on while the next one is filled
+
+
+def _read(reader: Reader, name: str, what: str) -> np.ndarray:
+    source = reader.read(name)
+    if not np.isfinite(source).all():
+        raise MismatchError(f"{what} is damaged: {name} holds NaN or infinite values")
+    return source
 
 
 def export(

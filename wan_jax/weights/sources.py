@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,27 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A whole checkpoint in PyTorch files: {part: source}, the tokenizer's folder, the sizes."""
+    """Parts of a checkpoint in PyTorch files: only those that were asked for.
+
+    sources: {part: source}. tokenizer: its folder, with "umt5" only. defaults: with "dit" only.
+    """
 
     path: Path
     sources: dict[str, Source]
-    tokenizer: Path
-    config: WanConfig
+    tokenizer: Path | None
+    defaults: Defaults | None
+
+    @property
+    def config(self) -> WanConfig:
+        """The whole configuration; ValueError if the parts do not fit or one was not asked for."""
+        missing = [part for part in PARTS if part not in self.sources]
+        if missing or self.defaults is None:
+            raise ValueError(f"{self.path} was opened without {missing}; the config needs all")
+        parts: dict[str, Any] = {part: source.config for part, source in self.sources.items()}
+        try:
+            return WanConfig(**parts, defaults=self.defaults)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
 
 @functools.cache
@@ -68,27 +83,31 @@ def part_table(config: PartConfig) -> Table:
     return umt5.table(config) if isinstance(config, UMT5Config) else vae.table(config)
 
 
-def open_folder(path: Path) -> Folder:
-    """Find every part of a folder in the Diffusers or the original layout, or of a mixture.
+def open_folder(path: Path, parts: Sequence[str] = PARTS) -> Folder:
+    """Find the parts asked for in the Diffusers or the original layout, or in a mixture.
 
     Raises ValueError naming what is missing and where it was looked for.
     """
     if (path / "transformer_2").is_dir():
         raise ValueError(f"{path} has a second transformer, as Wan2.2 does; Wan2.1 has one")
-    sources = {
-        "dit": _open_dit(path),
-        "vae": _open_vae(path),
-        "umt5": _open_umt5(path),
-    }
-    tokenizer = next(
-        (path / name for name in ("tokenizer", "google/umt5-xxl") if (path / name).is_dir()), None
-    )
-    if tokenizer is None:
+    openers = {"dit": _open_dit, "vae": _open_vae, "umt5": _open_umt5}
+    sources = {part: openers[part](path) for part in parts}
+    tokenizer = _tokenizer(path) if "umt5" in sources else None
+    defaults = None
+    if "dit" in sources:
+        config = sources["dit"].config
+        assert isinstance(config, DiTConfig)
+        defaults = _defaults(path, config)
+    return Folder(path, sources, tokenizer, defaults)
+
+
+def _tokenizer(path: Path) -> Path:
+    folders = (path / name for name in ("tokenizer", "google/umt5-xxl"))
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    if found is None:
         raise ValueError(f"{path} has no tokenizer/ and no google/umt5-xxl/; one is needed")
-    load_tokenizer(tokenizer)  # now, not when gigabytes have been converted
-    parts: dict[str, Any] = {name: source.config for name, source in sources.items()}
-    config = WanConfig(**parts, defaults=_defaults(path, parts["dit"]))
-    return Folder(path, sources, tokenizer, config)
+    load_tokenizer(found)  # now, not when gigabytes have been converted
+    return found
 
 
 def _defaults(path: Path, config: DiTConfig) -> Defaults:
