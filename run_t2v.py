@@ -10,14 +10,14 @@ from pathlib import Path
 
 from absl import flags
 
-from wan_jax import cli
+from wan_jax import cli, jobs, runner
 
 TASKS = ("t2v-1.3B", "t2v-14B", "t2i-14B")
 
 
 def main(values: flags.FlagValues) -> None:
     """Check everything, then run."""
-    cli.execute(values, cli.plan(values, Path(__file__).parent / "configs"))
+    runner.execute(values, jobs.plan(values, Path(__file__).parent / "configs"))
 
 
 if __name__ == "__main__":

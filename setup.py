@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 FACE = (ROOT / "wan_jax" / "__init__.py").read_text(encoding="utf-8")
+GCS = "gcsfs>=2024.6"
 VERSION = re.search(r'__version__ = "(.+)"', FACE)
 assert VERSION is not None
 
@@ -29,6 +30,7 @@ setup(
         "absl-py>=2.1",
         "etils[epath]>=1.9",
         "ftfy>=6.1",
+        "huggingface_hub>=1.0",
         "imageio[ffmpeg]>=2.34",
         "safetensors>=0.5",
         "tokenizers>=0.20",
@@ -36,7 +38,8 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.13", "nvidia-cudnn-cu13>=9.19"],
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "tpu": ["jax[tpu]>=0.10,<0.13", GCS],
+        "gcs": [GCS],  # gs:// paths
         # torch is pinned to the release with a CPU build that the parity bounds were set on.
         "test": [
             "pytest==9.2.0",
@@ -47,6 +50,7 @@ setup(
             "diffusers==0.42.1",
             "accelerate==1.15.0",
             "transformers==5.23.0",
+            "gcsfs==2026.10.1",
             'libtpu==0.0.52; sys_platform == "linux"',
         ],
     },

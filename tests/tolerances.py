@@ -18,6 +18,8 @@ DIT_SINUSOID = 2.5e-7  # four float32 roundings of numbers below 1
 
 # Levels of 255, most of it 8-bit 4:2:0 colour: 1.3 at 832x480, 1.9 at 126x94.
 MEDIA_MP4_MEAN_ERROR = 2.2
+MEDIA_GIF_MEAN_ERROR = 4.0  # 256 of all colours there are: 3.3; neighbours in time are 13 apart
+MEDIA_WEBP_MEAN_ERROR = 2.2  # 8-bit 4:2:0 colour: 1.8 at 33x17, 0.7 at 126x94
 
 # UMT5
 UMT5_TORCH_MULTIPLE = 3.0  # of torch's own float32 distance from float64

@@ -5,7 +5,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def load(
     cache = _cache(cache_dir)
     say = notify or (lambda _: None)
     if path is None:
-        source = _random_miniature(cache, say)
+        source = _random_miniature(_local(cache), say)
     else:
-        source = fetch(path, cache_dir=cache, callback=callback, notify=say)
+        source = fetch(path, cache_dir=cache_dir, callback=callback, notify=say)
     folder = source
     if not checkpoint.is_checkpoint(source):
         folder = _converted(source, cache, dtype=dtype, callback=callback, say=say)
@@ -87,46 +88,100 @@ def load(
     return wan
 
 
-def _cache(path: str | os.PathLike[str] | None) -> Path:
-    # Orbax takes absolute paths only.
-    return (Path(path) if path is not None else default_cache_dir()).absolute()
+def _cache(path: str | os.PathLike[str] | None) -> Any:
+    """The cache as an absolute path, as Orbax takes no other, or one in a bucket."""
+    if path is None:
+        return default_cache_dir().absolute()
+    text = os.fspath(path)
+    return remote.bucket_path(text) if remote.is_bucket(text) else Path(text).absolute()
 
 
 def fetch(
     path: str | os.PathLike[str],
     *,
+    parts: Collection[str] = PARTS,
     cache_dir: str | os.PathLike[str] | None = None,
     callback: Callback | None = None,
     notify: Notify | None = None,
-) -> Path:
-    """Where what load(path) needs lies on this machine; a hub id's files are downloaded first.
+) -> Any:
+    """Where what load(path) needs can be read: PyTorch files are brought to this machine.
 
-    Raises ValueError naming what is wrong with the path.
+    parts: those whose files are needed. A converted checkpoint in a bucket stays there. Raises
+    ValueError naming what is wrong with the path.
     """
-    text = os.fspath(path)
+    text, say = os.fspath(path), notify or (lambda _: None)
+    if remote.is_bucket(text):
+        place = remote.bucket_path(text)
+        with remote.bucket_errors(text):
+            if checkpoint.is_checkpoint(place):
+                return place
+        return remote.download_bucket(
+            text,
+            _local(_cache(cache_dir)),
+            notify=say,
+            callback=in_bytes("download", callback),
+            parts=parts,
+        )
     local = Path(text).absolute()
     if local.exists():
         return local
     if remote.is_hub_id(text):
-        return remote.download_hub(text, notify=notify or (lambda _: None))
+        return remote.download_hub(text, notify=say, parts=parts)
     raise ValueError(
-        f"{local} does not exist; needed is a checkpoint's folder or .safetensors file, or a hub "
-        "id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        f"{local} does not exist; needed is a checkpoint's folder or .safetensors file, a hub id "
+        f"such as {remote.EXAMPLE}, or a gs:// path"
     )
 
 
-def read_config(path: str | os.PathLike[str] | None) -> WanConfig:
-    """The configuration of what load(path) would load, for a path on this machine.
+def read_config(path: Any) -> WanConfig:
+    """The configuration of what load(path) would load, for a path that fetch() gave, or None.
 
     Only headers are read. Raises ValueError naming what is wrong with the files.
     """
     if path is None:
         return NANO_T2V
-    source = Path(path).absolute()
-    if checkpoint.is_checkpoint(source):
-        checkpoint.check_whole(source, "bfloat16")
-        return checkpoint.read_config(source)
-    return open_folder(source).config
+    if checkpoint.is_checkpoint(path):
+        checkpoint.check_whole(path, "bfloat16")
+        return checkpoint.read_config(path)
+    return open_folder(path).config
+
+
+def convert(
+    folder: Folder,
+    target: Any,
+    *,
+    dtype: str,
+    callback: Callback | None = None,
+    remedy: str = "choose another cache_dir",
+) -> None:
+    """Convert PyTorch files into a checkpoint at `target`, also in a bucket; see checkpoint.write.
+
+    remedy: what an error about the disk advises.
+    """
+    on_bytes = in_bytes("convert", callback)
+    if isinstance(target, Path):
+        checkpoint.write(folder, target, dtype=dtype, on_bytes=on_bytes, remedy=remedy)
+        return
+    # Orbax cannot write piece by piece into a bucket: made here, then copied, the manifest last.
+    scratch = _local(target)
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".upload-", dir=scratch) as work:
+        local = Path(work) / "checkpoint"
+        checkpoint.write(folder, local, dtype=dtype, on_bytes=on_bytes, remedy=remedy)
+        upload = in_bytes("upload", callback)
+        remote.upload_folder(local, str(target), last=checkpoint.MANIFEST, callback=upload)
+
+
+def _local(cache: Any) -> Path:
+    """The cache, or where it lies in a bucket the default one, for what must be on this machine."""
+    return cache if isinstance(cache, Path) else default_cache_dir().absolute()
+
+
+def in_bytes(stage: str, callback: Callback | None) -> checkpoint.OnBytes | None:
+    """A function of (done, total) bytes that tells a callback the Progress of a stage."""
+    if callback is None:
+        return None
+    return lambda done, total: callback(Progress(stage, done, total))
 
 
 def _random_miniature(cache: Path, say: Notify) -> Path:
@@ -141,25 +196,19 @@ def _random_miniature(cache: Path, say: Notify) -> Path:
 
 
 def _converted(
-    source: Path, cache: Path, *, dtype: str, callback: Callback | None, say: Notify
-) -> Path:
+    source: Path, cache: Any, *, dtype: str, callback: Callback | None, say: Notify
+) -> Any:
     folder = open_folder(source)
     target = cache / f"{source.resolve().name}-{dtype}-{_key(folder, dtype)}"
-
-    def on_wait() -> None:
-        say(f"waiting for another process that is converting into {target}")
-
-    checkpoint.wait(target, on_wait=on_wait)
+    if isinstance(target, Path):
+        message = f"waiting for another process that is converting into {target}"
+        checkpoint.wait(target, on_wait=lambda: say(message))
     if checkpoint.is_checkpoint(target):
         return target
     say(f"converting {source} once into {target}")
-
-    def on_bytes(done: int, total: int) -> None:
-        if callback is not None:
-            callback(Progress("convert", done, total))
-
-    on_bytes(0, 1)
-    checkpoint.write(folder, target, dtype=dtype, on_bytes=on_bytes)
+    if callback is not None:
+        callback(Progress("convert", 0, 1))
+    convert(folder, target, dtype=dtype, callback=callback)
     return target
 
 

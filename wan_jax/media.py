@@ -1,40 +1,34 @@
-"""Videos and images out, noise in: frames become .mp4, .png or .npz, one chunk at a time.
+"""Videos and images out: frames become .mp4, .gif, .webp, .png or .npz, one chunk at a time.
 
-A leaf: NumPy, imageio and the standard library. A file appears under its own name only once it is
-whole, so a failed or interrupted run leaves nothing behind and an older file untouched.
+A file or folder appears under its own name only once it is whole, so a failed or interrupted run
+leaves nothing behind and an older one untouched.
 """
 
-import collections
-import contextlib
-import functools
+import itertools
 import math
 import os
 import shutil
-import signal
-import subprocess
 import tempfile
-import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import imageio.v3 as iio
 import numpy as np
 
-ENDINGS = (".mp4", ".png", ".npz")
+from wan_jax import ffmpeg, files, labels
+from wan_jax.labels import Metadata
 
-# What `imageio.get_writer(path, fps=fps, codec="libx264", quality=8)`, the reference's call, asks
-# of ffmpeg: int((1 - 8 / 10) * 51) = CRF 10. imageio's own writer is not used because it ignores
-# ffmpeg's exit status, so that a full disk passes for success, and rescales sides that are not
-# multiples of 16.
-_CRF = 10
-_STDERR_LINES = 8
-_EXIT_SECONDS = 10.0
+ENDINGS = (".mp4", ".gif", ".webp", ".png", ".npz")
+
+Rounding = Literal["truncate", "round"]
+
+_FLOOR = 1 << 20  # bytes; a disk with less than this is full
+_GIF_FPS = 50  # delays of 1/100 s or none are played as 1/10 s by nearly every viewer
 
 
-def quantize(frames_float: np.ndarray, *, rounding: Literal["truncate", "round"]) -> np.ndarray:
+def quantize(frames_float: np.ndarray, *, rounding: Rounding) -> np.ndarray:
     """Turns pixels in [-1, 1] into bytes.
 
     frames_float: float32, any shape, clamped to [-1, 1]. Returns uint8 of the same shape.
@@ -63,18 +57,41 @@ def quantize(frames_float: np.ndarray, *, rounding: Literal["truncate", "round"]
     return pixels.astype(np.uint8)
 
 
-def check_output(path: str | os.PathLike[str], frames: int) -> None:
+def output_path(path: str | os.PathLike[str], frames: int) -> Path:
+    """Where a video of this many frames appears: `path`, or for cats.png of several, cats/."""
+    place = Path(path)
+    several = place.suffix.lower() == ".png" and frames > 1
+    return place.with_suffix("") if several else place
+
+
+def check_output(
+    path: str | os.PathLike[str], frames: int, *, size: tuple[int, int] | None = None
+) -> None:
     """Raises ValueError now if a video of this many frames could not be saved there later.
 
-    frames: pixel frames. Checks the ending, the number of frames, that the folder exists and can be
-    written to, and for .mp4 that there is an ffmpeg with libx264. Meant to be called before
-    anything slow starts.
+    frames: pixel frames. size: (width, height) in pixels, if known.
+    Checks the ending, the number of frames, that the folder exists and can be written to, that what
+    would be replaced may be, the room on the disk (for an .npz what it takes, for the others, whose
+    size depends on the content, that the disk is not full), and where ffmpeg is needed, that there
+    is one with the encoder. Meant to be called before anything slow starts.
     """
-    ending = _check_place(Path(path))
+    place = Path(path)
+    ending = _check_place(place)
     if frames < 1:
         raise ValueError(f"frames={frames}; accepted: 1 or more")
-    if ending == ".png" and frames != 1:
-        raise ValueError(_not_one_frame(Path(path), str(frames)))
+    _check_target(place, frames)
+    if ending in ffmpeg.ENCODERS:
+        ffmpeg.check(place, size=size)
+    needed = _FLOOR
+    if ending == ".npz" and size is not None:
+        # Twice, as the frames wait in a nameless file until their number is known.
+        needed += 2 * frames * math.prod(size) * 3 * 4
+    free = shutil.disk_usage(place.parent).free
+    if free < needed:
+        raise ValueError(
+            f"path {str(path)!r}: {needed} bytes are needed and {free} are free; accepted: a path "
+            "on a disk with more room"
+        )
 
 
 def save_video(
@@ -83,88 +100,61 @@ def save_video(
     *,
     fps: float = 16,
     latents: np.ndarray | None = None,
+    metadata: Metadata | None = None,
 ) -> None:
-    """Writes one video to an .mp4, .png or .npz file, whole or not at all.
+    """Writes one video to a file, or to a folder of images, whole or not at all.
 
     video: uint8, or float32 in [-1, 1], [f, y, x, 3] or [1, f, y, x, 3]; or an iterable of such
     chunks along f. A chunk is asked for only when the one before it has been handed on, so frames
-    are encoded while later ones are still being decoded.
-    .mp4: H.264, yuv420p, CRF 10 as the reference, `fps` frames a second; floats are truncated to
-    bytes; the size is kept, and both sides must be even.
-    .png: exactly one frame; floats are rounded to bytes.
+    are encoded while later ones are still being decoded (but images wait for the second frame,
+    which tells whether there is one or several). `fps`: frames a second.
+    .mp4: H.264, yuv420p, CRF 10 as the reference; the size is kept, and both sides must be even.
+    .gif: looping, 256 colours, at most 50 frames a second. .webp: looping, lossy, quality 95.
+    .png: one frame; of several, a folder cats/ for cats.png that holds 00000.png, 00001.png, ...
     .npz: `frames` float32 [f, y, x, 3] just as given, and `latents` as float32 if given.
+    Floats are truncated to bytes as the reference's videos are; a single frame is rounded as its
+    images are, unless in an .mp4.
+    metadata: called once, when the last frame has been encoded, for what JSON can hold. An .mp4
+    keeps it as its comment (and "prompt", if there is one, as its title), a .png of one frame as
+    text, an .npz as the entry `metadata`; the others have no place for it and drop it.
     Raises ValueError for what the caller can mend (see check_output; also the shape and dtype of a
-    chunk, odd sides, fps, latents with an ending that cannot hold them), OSError with ffmpeg's own
-    words if it fails. An error of the iterable passes through unchanged.
+    chunk, fps, latents with an ending that cannot hold them, metadata that JSON cannot), OSError
+    with ffmpeg's own words if it fails. An error of the iterable passes through unchanged.
     """
     place = Path(os.path.abspath(path))
     if isinstance(video, Iterable) and not hasattr(video, "__array__"):
         chunks: Iterable[Any] = video
-        ending = _check_place(place)
+        _check_stream(place)
     else:
         whole = _check_chunk(video)
         chunks = (whole,)
-        check_output(place, len(whole))
-        ending = place.suffix.lower()
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps={fps}; accepted: a number of frames a second above 0")
-    if latents is not None and ending != ".npz":
-        raise ValueError(f"latents cannot be stored in {place.name!r}; accepted: an .npz file")
-    extra = None if latents is None else _check_latents(latents)
+        check_output(place, len(whole), size=(whole.shape[2], whole.shape[1]))
+    extra = _check_options(place, fps=fps, latents=latents, metadata=metadata)
     frames = _each_frame(chunks)
-    with _whole_or_nothing(place) as partial:
-        if ending == ".mp4":
-            _write_mp4(frames, partial, fps=fps)
-        elif ending == ".png":
-            _write_png(frames, partial, name=place)
+    if place.suffix.lower() == ".png":
+        _save_png(frames, place, metadata=metadata)
+        return
+    with files.whole_or_nothing(place) as partial:
+        if place.suffix.lower() == ".npz":
+            _write_npz(frames, partial, latents=extra, metadata=metadata)
+        elif place.suffix.lower() == ".mp4":
+            ffmpeg.encode((_bytes(f, "truncate") for f in frames), partial, fps=fps)
+            values = _described(metadata)
+            if values is not None:
+                labels.tag_mp4(partial, files.hidden(place, "tagged"), values=values)
         else:
-            _write_npz(frames, partial, latents=extra)
-
-
-def load_noise(path: str | os.PathLike[str], *, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads the initial noise of a run from a .npy file laid out as the reference does.
-
-    shape: what the caller needs, (b, T, h, w, c) in latent frames and latent pixels, c = 16.
-    The file holds any floating dtype, [c, T, h, w] (only for b = 1) or [b, c, T, h, w].
-    Returns float32 [b, T, h, w, c]. Raises ValueError, naming the file, if it is missing, cut
-    short, pickled, not of that shape, not floating or not finite.
-    """
-    batch, length, height, width, channels = shape
-    wanted = (batch, channels, length, height, width)
-    accepted = f"accepted: a .npy file of floats, shape {wanted}"
-    accepted += f" or {wanted[1:]}" if batch == 1 else ""
-    try:
-        with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-    except Exception as error:  # NumPy's parser fails in a dozen ways, all of them the file's fault
-        raise ValueError(f"noise file {str(path)!r} cannot be read: {error}; {accepted}") from error
-    if not hasattr(loaded, "dtype"):
-        raise ValueError(f"noise file {str(path)!r} is an .npz archive; {accepted}")
-    if not np.issubdtype(loaded.dtype, np.floating):
-        raise ValueError(f"noise file {str(path)!r} has dtype {loaded.dtype}; {accepted}")
-    if loaded.shape != wanted and (batch != 1 or loaded.shape != wanted[1:]):
-        raise ValueError(f"noise file {str(path)!r} has shape {loaded.shape}; {accepted}")
-    with np.errstate(over="ignore"):
-        noise = loaded.reshape(wanted).astype(np.float32)
-    bad = noise.size - np.count_nonzero(np.isfinite(noise))
-    if bad:
-        raise ValueError(
-            f"noise file {str(path)!r} has {bad} of {noise.size} values that are not finite in "
-            f"float32; {accepted}"
-        )
-    return np.ascontiguousarray(np.moveaxis(noise, 1, -1))
+            ffmpeg.encode(_each_image(frames), partial, fps=fps)
+            _described(metadata)
 
 
 # Checks
 
 
 def _check_place(path: Path) -> str:
-    """The ending of a path that can be written to, in lower case; otherwise ValueError."""
+    """The ending of a path in a folder that can be written to, in lower case, or ValueError."""
     ending = path.suffix.lower()
-    if ending not in ENDINGS:
+    if ending not in ENDINGS or not path.stem.strip("."):
         raise ValueError(f"path {str(path)!r} ends in {ending!r}; accepted: {', '.join(ENDINGS)}")
-    if path.is_dir():
-        raise ValueError(f"path {str(path)!r} is a folder; accepted: the name of a file")
     folder = path.parent
     if not folder.is_dir():
         raise ValueError(
@@ -172,49 +162,60 @@ def _check_place(path: Path) -> str:
             "existing local folder"
         )
     try:  # the real thing, as permission bits say nothing of quotas, mounts and long names
-        _partial(path).touch()
-        _partial(path).unlink()
+        files.hidden(path, "partial").touch()
+        files.hidden(path, "partial").unlink()
     except OSError as error:
         raise ValueError(
             f"path {str(path)!r} cannot be written to ({error.strerror}); accepted: a path in a "
             "folder where you may create files"
         ) from error
-    if ending == ".mp4":
-        _ffmpeg()
     return ending
 
 
-def _ffmpeg() -> str:
-    """The ffmpeg to run; ValueError naming what to install if there is none with libx264."""
-    try:
-        # Here, so that .png and .npz work without it.
-        import imageio_ffmpeg
-
-        program: str = imageio_ffmpeg.get_ffmpeg_exe()
-        if not _has_libx264(program):
-            raise RuntimeError(f"{program} has no libx264 encoder")
-    except (ImportError, RuntimeError, OSError) as error:
+def _check_target(path: Path, frames: int) -> None:
+    """ValueError if what would be replaced is neither a file nor a folder that was written here."""
+    target = output_path(path, frames)
+    if target == path and path.is_dir():
+        raise ValueError(f"path {str(path)!r} is a folder; accepted: the name of a file")
+    odd = "" if target == path else files.in_the_way(target)
+    if odd:
         raise ValueError(
-            f"path: an .mp4 needs ffmpeg with libx264 ({error}); accepted: .npz or .png, or .mp4 "
-            "after `pip install imageio[ffmpeg]`, or with IMAGEIO_FFMPEG_EXE naming such an ffmpeg"
-        ) from error
-    return program
+            f"path {str(path)!r}: {frames} frames go to the folder {str(target)!r}, where there is "
+            f"something else ({odd}); accepted: a name that is free, or a folder of nothing but "
+            "such frames, which are replaced"
+        )
 
 
-@functools.cache
-def _has_libx264(program: str) -> bool:
-    """Whether this ffmpeg was built with libx264 (some distributions leave it out)."""
-    command = [program, "-hide_banner", "-encoders"]
-    listing = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    return b" libx264 " in listing.stdout
+def _check_stream(path: Path) -> None:
+    """What check_output can say of a video that comes in chunks, or ValueError."""
+    ending = _check_place(path)
+    if ending != ".png":  # file or folder: not known before the second frame
+        _check_target(path, 1)
+    if ending in ffmpeg.ENCODERS:
+        ffmpeg.check(path)
 
 
-def _not_one_frame(path: Path, found: str) -> str:
-    """What to say of a .png of more frames than one."""
-    return (
-        f"path {str(path)!r}: a .png holds exactly one frame and the video has {found}; accepted: "
-        "a video of 1 frame (--frame_num 1, or video[k:k+1] for frame k), or an .mp4 or .npz path"
-    )
+def _check_options(
+    path: Path, *, fps: float, latents: Any, metadata: Metadata | None
+) -> np.ndarray | None:
+    """Latents as float32 (bfloat16 has no .npy dtype); ValueError for any wrong argument."""
+    ending = path.suffix.lower()
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps={fps}; accepted: a number of frames a second above 0")
+    if ending == ".gif" and fps > _GIF_FPS:
+        raise ValueError(
+            f"fps={fps}; accepted for a .gif: at most {_GIF_FPS}, as viewers slow faster ones down"
+        )
+    if metadata is not None and not callable(metadata):
+        raise ValueError(f"metadata is {metadata!r}; accepted: a function that returns a dict")
+    if latents is None:
+        return None
+    if ending != ".npz":
+        raise ValueError(f"latents cannot be stored in {path.name!r}; accepted: an .npz file")
+    try:
+        return np.asarray(latents).astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"latents: {error}; accepted: an array of numbers") from error
 
 
 def _check_chunk(chunk: Any) -> np.ndarray:
@@ -239,14 +240,6 @@ def _check_chunk(chunk: Any) -> np.ndarray:
     return array
 
 
-def _check_latents(latents: Any) -> np.ndarray:
-    """Latents as float32 (bfloat16 has no .npy dtype); ValueError for what is not numbers."""
-    try:
-        return np.asarray(latents).astype(np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"latents: {error}; accepted: an array of numbers") from error
-
-
 # Writing
 
 
@@ -266,115 +259,62 @@ def _each_frame(chunks: Iterable[Any]) -> Iterator[np.ndarray]:
         raise ValueError("video has no frames; accepted: 1 or more")
 
 
-def _partial(path: Path) -> Path:
-    """The hidden name, with the same ending and in the same folder, of a file being written."""
-    return path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+def _bytes(frame: np.ndarray, rounding: Rounding) -> np.ndarray:
+    """A frame as uint8."""
+    return frame if frame.dtype == np.uint8 else quantize(frame, rounding=rounding)
 
 
-@contextlib.contextmanager
-def _whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A name to write to in the same folder: moved to `path` at the end, removed on any error."""
-    partial = _partial(path)
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+def _each_image(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Frames as uint8 one by one: truncated, or rounded if there is only one."""
+    waiting = list(itertools.islice(frames, 2))
+    rounding: Rounding = "round" if len(waiting) == 1 else "truncate"
+    while waiting:
+        yield _bytes(waiting.pop(0), rounding)
+        waiting += itertools.islice(frames, 1 - len(waiting))
 
 
-def _write_mp4(frames: Iterator[np.ndarray], path: Path, *, fps: float) -> None:
-    """Hands each frame to ffmpeg before the next is asked for."""
-    with contextlib.ExitStack() as stack:
-        write = None
-        for frame in frames:
-            if write is None:
-                command = _ffmpeg_command(path, size=frame.shape[:2], fps=fps)
-                write = stack.enter_context(_encoder(command))
-            write(frame if frame.dtype == np.uint8 else quantize(frame, rounding="truncate"))
+def _described(metadata: Metadata | None) -> dict[str, Any] | None:
+    """What the function for metadata returns, None without one; ValueError if JSON cannot."""
+    if metadata is None:
+        return None
+    values = metadata()
+    if not isinstance(values, dict):
+        raise ValueError(f"metadata returned {values!r}; accepted: a dict")
+    labels.json_text(values)
+    return values
 
 
-def _ffmpeg_command(path: Path, *, size: tuple[int, ...], fps: float) -> list[str]:
-    """The command imageio would run, less its rescaling; size is (y, x), odd sides a ValueError."""
-    height, width = size
-    if height % 2 or width % 2:
-        raise ValueError(
-            f"video is {width} by {height} pixels; accepted for an .mp4: even sides (yuv420p "
-            "stores colour at half size), or an .npz path"
-        )
-    rate = str(Fraction(fps).limit_denominator())
-    command = [_ffmpeg(), "-y", "-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}"]
-    command += ["-pix_fmt", "rgb24", "-r", rate, "-i", "-", "-an", "-vcodec", "libx264"]
-    return command + ["-pix_fmt", "yuv420p", "-crf", str(_CRF), "-v", "warning", str(path)]
+def _save_png(frames: Iterator[np.ndarray], place: Path, *, metadata: Metadata | None) -> None:
+    """Writes the only frame to the file, or several to the folder of that name."""
+    images = _each_image(frames)
+    leading = list(itertools.islice(images, 2))
+    _check_target(place, len(leading))
+    target = output_path(place, len(leading))
+    with files.whole_or_nothing(target) as partial:
+        if len(leading) == 1:
+            png = _png(leading[0])
+            values = _described(metadata)
+            partial.write_bytes(png if values is None else labels.tag_png(png, values=values))
+            return
+        files.remove(partial)  # of a run that was killed, with the same process id
+        partial.mkdir()
+        for k, image in enumerate(itertools.chain(leading, images)):
+            (partial / files.frame_name(k)).write_bytes(_png(image))
+        _described(metadata)
 
 
-@contextlib.contextmanager
-def _encoder(command: list[str]) -> Iterator[Callable[[np.ndarray], None]]:
-    """Runs ffmpeg and gives the function that hands it a frame, uint8 [y, x, 3].
-
-    Raises OSError with ffmpeg's own words if it fails; on any error it is killed and waited for.
-    """
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C reaches us alone, and we end ffmpeg
-    )
-    pipe, errors = process.stdin, process.stderr
-    assert pipe is not None and errors is not None
-    words: collections.deque[bytes] = collections.deque(maxlen=_STDERR_LINES)
-    # Drained by a thread, as a full pipe would stop ffmpeg; not a file, as the disk may be full.
-    reader = threading.Thread(target=words.extend, args=(errors,), daemon=True)
-    reader.start()
-
-    def failure() -> OSError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_EXIT_SECONDS)
-        reader.join(_EXIT_SECONDS)
-        return OSError(_ffmpeg_failure(process.returncode, list(words)))
-
-    def write(frame: np.ndarray) -> None:
-        try:
-            pipe.write(np.ascontiguousarray(frame).data)
-            pipe.flush()
-        except OSError:  # a broken pipe, which says nothing of why
-            raise failure() from None
-
-    try:
-        yield write
-        pipe.close()
-        if process.wait() != 0:
-            raise failure()
-    finally:
-        process.kill()  # does nothing to one that has ended
-        process.wait()
-        with contextlib.suppress(OSError):
-            pipe.close()
-        reader.join(_EXIT_SECONDS)
-        errors.close()
+def _png(image: np.ndarray) -> bytes:
+    """A .png file of uint8 [y, x, 3]."""
+    return iio.imwrite("<bytes>", image, plugin="pillow", extension=".png")
 
 
-def _ffmpeg_failure(status: int | None, words: list[bytes]) -> str:
-    """How ffmpeg ended (None: not yet) and the last lines it wrote, mostly with the cause."""
-    end = "it stopped reading" if status is None else f"exit status {status}"
-    if status is not None and status < 0:
-        end = f"killed by {signal.Signals(-status).name}"
-    lines = [line.decode(errors="replace").strip() for line in words]
-    said = "; ".join(line for line in lines if line) or "nothing"
-    return f"ffmpeg failed while writing the .mp4 ({end}); it said: {said}"
-
-
-def _write_png(frames: Iterator[np.ndarray], path: Path, *, name: Path) -> None:
-    """Writes the only frame; ValueError, speaking of `name`, if there are more."""
-    frame = next(frames)
-    if next(frames, None) is not None:
-        raise ValueError(_not_one_frame(name, "more than one"))
-    image = frame if frame.dtype == np.uint8 else quantize(frame, rounding="round")
-    path.write_bytes(iio.imwrite("<bytes>", image, plugin="pillow", extension=".png"))
-
-
-def _write_npz(frames: Iterator[np.ndarray], path: Path, *, latents: np.ndarray | None) -> None:
+def _write_npz(
+    frames: Iterator[np.ndarray],
+    path: Path,
+    *,
+    latents: np.ndarray | None,
+    metadata: Metadata | None,
+) -> None:
     """What np.savez writes, but with one frame in memory at a time."""
     count = 0
     size: tuple[int, ...] = ()
@@ -394,6 +334,9 @@ def _write_npz(frames: Iterator[np.ndarray], path: Path, *, latents: np.ndarray 
             with archive.open("frames.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array_header_1_0(entry, header)
                 shutil.copyfileobj(spool, entry, 1 << 20)
-            if latents is not None:
-                with archive.open("latents.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, latents, allow_pickle=False)
+            values = _described(metadata)
+            text = None if values is None else np.array(labels.json_text(values))
+            for name, array in {"latents": latents, "metadata": text}.items():
+                if array is not None:
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, array, allow_pickle=False)

@@ -208,7 +208,7 @@ class Wan:
     def denoise(
         self,
         request: Request,
-        context: Array,
+        context: Any,
         start: Array | sampler.Carry,
         callback: Callback | None = None,
     ) -> Array:

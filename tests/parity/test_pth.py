@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,50 @@ from wan_jax.weights.rules import export
 
 def _state() -> collections.OrderedDict[str, torch.Tensor]:
     torch.manual_seed(0)
-    base = torch.randn(6, 5)
     state = collections.OrderedDict(
-        single=base,
+        single=torch.randn(6, 5),
         half=torch.randn(3).to(torch.float16),
         brain=torch.randn(2, 3, 4).to(torch.bfloat16),
-        view=base[1:4, ::2],
-        turned=base.T,
+        turned=torch.randn(5, 6).T,
+        last=torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         parameter=torch.nn.Parameter(torch.randn(4)),
         scalar=torch.tensor(3.5),
         empty=torch.zeros(0, 3),
     )
+    state["tied"] = state["single"]
     state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]  (as a module's has)
     return state
 
 
-def _save(file: Path, value: Any, *, legacy: bool) -> Path:
-    torch.save(value, file, _use_new_zipfile_serialization=not legacy)
+def _views() -> dict[str, torch.Tensor]:
+    """Tensors that share storages, or leave some of theirs to nobody."""
+    base = torch.randn(6, 5)
+    return {
+        "base": base,
+        "turned": base.T,
+        "rows": base[1:4],
+        "columns": base[1:4, ::2],
+        "slice": torch.randn(100)[40:43],
+        "first": torch.randn(4, 4)[0],
+    }
+
+
+@pytest.fixture(params=["zip", "zip4", "unchecked", "legacy"])
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both forms, another protocol, and torch's option to leave the checksums out."""
+    torch.serialization.set_crc32_options(request.param != "unchecked")
+    yield request.param
+    torch.serialization.set_crc32_options(True)
+
+
+def _save(file: Path, value: Any, *, kind: str = "zip") -> Path:
+    protocol = 4 if kind == "zip4" else 2
+    new = kind != "legacy"
+    torch.save(value, file, pickle_protocol=protocol, _use_new_zipfile_serialization=new)
     return file
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_every_tensor_is_what_torch_wrote(legacy: bool, tmp_path: Path) -> None:
-    state = _state()
-    reader = PthReader(_save(tmp_path / "a.pth", state, legacy=legacy))
+def _assert_same(reader: PthReader, state: Mapping[str, torch.Tensor]) -> None:
     shapes = reader.shapes()
     assert list(shapes) == list(state)
     for name, tensor in state.items():
@@ -55,6 +76,44 @@ def test_every_tensor_is_what_torch_wrote(legacy: bool, tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours.astype(np.float64), truth)
 
 
+def test_every_tensor_is_what_torch_wrote(kind: str, tmp_path: Path) -> None:
+    state = _state()
+    _assert_same(PthReader(_save(tmp_path / "a.pth", state, kind=kind)), state)
+
+
+def test_views_need_checksums(kind: str, tmp_path: Path) -> None:
+    """A pickle whose numbers may be damaged must explain every byte of its storages."""
+    for names in (None, ["base", "turned"], ["base", "rows"], ["slice"], ["first"]):
+        state = {name: tensor for name, tensor in _views().items() if not names or name in names}
+        file = _save(tmp_path / "a.pth", state, kind=kind)
+        if kind.startswith("zip"):
+            _assert_same(PthReader(file), state)
+        else:
+            with pytest.raises(ValueError, match=r"a\.pth.*cannot be told apart in a file without"):
+                PthReader(file)
+
+
+def test_parts_that_fill_a_storage(kind: str, tmp_path: Path) -> None:
+    """As chunk() leaves them: they need no checksums."""
+    one, two, three = torch.randn(12, 5).chunk(3)
+    state = {"three": three, "one": one, "two": two, "again": one}
+    _assert_same(PthReader(_save(tmp_path / "a.pth", state, kind=kind)), state)
+
+
+def test_an_expanded_tensor_is_refused(kind: str, tmp_path: Path) -> None:
+    """Of any size from a few bytes, and none of weights."""
+    file = _save(tmp_path / "a.pth", {"a": torch.zeros(1).expand(2**40)}, kind=kind)
+    with pytest.raises(ValueError, match=r"a has strides \(0,\) for shape"):
+        PthReader(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16])
+def test_types_that_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    file = _save(tmp_path / "a.pth", {"a": torch.zeros(4).to(dtype)})
+    with pytest.raises(ValueError, match="float8 or as narrow; take the file in bfloat16"):
+        PthReader(file)
+
+
 class _Hostile:
     def __init__(self, call: Any, *arguments: Any) -> None:
         self.reduced = (call, arguments)
@@ -63,11 +122,10 @@ class _Hostile:
         return self.reduced
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_nothing_in_a_file_is_run(legacy: bool, tmp_path: Path) -> None:
+def test_nothing_in_a_file_is_run(kind: str, tmp_path: Path) -> None:
     trace = tmp_path / "ran"
     hostile = {"a": torch.zeros(2), "b": _Hostile(os.mkdir, str(trace))}
-    file = _save(tmp_path / "hostile.pth", hostile, legacy=legacy)
+    file = _save(tmp_path / "hostile.pth", hostile, kind=kind)
     with pytest.raises(ValueError, match=r"hostile\.pth.*posix\.mkdir"):
         PthReader(file)
     assert not trace.exists()
@@ -80,9 +138,8 @@ def test_a_bare_hostile_pickle_is_refused(tmp_path: Path) -> None:
         PthReader(file)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_truncated_files_are_refused(legacy: bool, tmp_path: Path) -> None:
-    whole = _save(tmp_path / "a.pth", _state(), legacy=legacy).read_bytes()
+def test_truncated_files_are_refused(kind: str, tmp_path: Path) -> None:
+    whole = _save(tmp_path / "a.pth", _state(), kind=kind).read_bytes()
     for share in (0.0, 0.1, 0.5, 0.9, 0.99):
         (tmp_path / "cut.pth").write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(ValueError, match=r"cut\.pth"):
@@ -93,18 +150,18 @@ def test_what_is_no_state_dict_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing"):
         PthReader(tmp_path / "absent.pth")
     for value in ({"epoch": 3}, {"model": {"a": torch.zeros(2)}}, [torch.zeros(2)]):
-        file = _save(tmp_path / "other.pth", value, legacy=False)
+        file = _save(tmp_path / "other.pth", value)
         with pytest.raises(ValueError, match=r"other\.pth"):
             PthReader(file)
 
 
 def test_a_storage_that_is_too_short_is_refused(tmp_path: Path) -> None:
-    file = _save(tmp_path / "a.pth", {"a": torch.zeros(64)}, legacy=False)
+    file = _save(tmp_path / "a.pth", {"a": torch.zeros(64)})
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
         for info in old.infolist():
             data = old.read(info)
             new.writestr(info.filename, data[:8] if info.filename.endswith("data/0") else data)
-    with pytest.raises(ValueError, match="beyond its storage"):
+    with pytest.raises(ValueError, match="the storage of a has another length"):
         PthReader(tmp_path / "b.pth")
 
 

@@ -9,22 +9,26 @@ ROOT = Path(__file__).parents[2]
 
 # From left to right; modules in one entry do not know each other.
 ORDER = (
-    {"config", "xla", "schedulers", "noise", "noise_file", "ffmpeg", "tokenizer"},
-    {"sharding", "media"},
+    {"config", "xla", "schedulers", "noise", "noise_file", "files", "ffmpeg", "tokenizer"},
+    {"sharding", "labels"},
+    {"media"},
     {"layers"},
     {"rope", "attention"},
     {"vae_blocks"},
     {"dit", "vae", "umt5", "clip"},
     {"sampler"},
     {"weights.rules", "weights.trees", "weights.folders", "weights.hashes"},
+    {"weights.facts", "weights.pickled"},
+    {"weights.archive", "weights.readers"},
     {
-        "weights.readers",
         "weights.pth",
         "weights.dit",
         "weights.vae",
         "weights.umt5",
         "weights.clip",
     },
+    {"weights.repacks"},
+    {"weights.layouts"},
     {"weights.sources"},
     {"weights.checkpoint", "weights.miniature", "weights.remote"},
     {"weights.export"},
@@ -33,7 +37,7 @@ ORDER = (
     {"loading"},
     {"__init__"},
     {"cli"},
-    {"resume"},
+    {"resume", "facts", "outputs"},
     {"jobs"},
     {"runner"},
 )

@@ -31,7 +31,11 @@ FORMAT = 2
 _ADDED = "added"  # where parts that are added are written first
 _SPARE = 2**26  # bytes of disk beyond the arrays: the tokenizer, indices, JSON
 _GROUP_BYTES = 2**30  # arrays are handed to Orbax in groups of about this size
-_CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config}
+_CONFIGS: dict[str, type[DiTConfig] | type[VAEConfig] | type[UMT5Config]] = {
+    "dit": DiTConfig,
+    "vae": VAEConfig,
+    "umt5": UMT5Config,
+}
 
 OnBytes = Callable[[int, int], None]
 Plans = Mapping[str, list[rules.Assignment]]
@@ -84,31 +88,36 @@ def wait(path: Path, *, on_wait: Callable[[], None] | None = None) -> None:
         wait_for_others(place, on_wait=on_wait)
 
 
+def check_free(path: Path) -> None:
+    """Raise ValueError if something else than a checkpoint has this name."""
+    if path.exists() and not is_checkpoint(path) and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is no checkpoint of wan_jax; give another name")
+
+
 def write(
     folder: Folder,
     path: Path,
     *,
     dtype: str,
     on_bytes: OnBytes | None = None,
-    flag: str = "cache_dir",
+    remedy: str = "choose another cache_dir",
 ) -> None:
     """Convert PyTorch files into a checkpoint at `path`; it appears there when it is whole.
 
-    on_bytes(done, total) reports bytes read. flag: what an error about the disk advises to change.
+    on_bytes(done, total) reports bytes read. remedy: what an error about the disk advises.
     Raises ValueError before the first tensor is read if the files do not fit (see plan) or the
     disk is too small, and for a tensor that holds NaN.
     """
+    check_free(path)
     plans = plan(folder, dtype)
-    check_space(path, nbytes(plans) + _SPARE, flag=flag)
+    check_space(path, nbytes(plans) + _SPARE, remedy=remedy)
     with written_whole(path, is_whole=is_checkpoint) as work:
         parts = _fill(work, folder, plans, on_bytes=on_bytes)
         _write_json(work / CONFIG, _sections(folder))
         _write_json(work / MANIFEST, _manifest(parts, dtype))
 
 
-def add(
-    folder: Folder, path: Path, *, on_bytes: OnBytes | None = None, flag: str = "cache_dir"
-) -> None:
+def add(folder: Folder, path: Path, *, on_bytes: OnBytes | None = None, remedy: str) -> None:
     """Convert PyTorch files into parts of the checkpoint at `path`, in its dtype.
 
     Raises ValueError as write() does, and for a part that is there already. What fails or is
@@ -122,7 +131,7 @@ def add(
     if set(PARTS) <= set(sections):
         WanConfig.from_json(json.dumps(sections))  # the networks must fit each other
     plans = plan(folder, before["dtype"])
-    check_space(path, nbytes(plans) + _SPARE, flag=flag)
+    check_space(path, nbytes(plans) + _SPARE, remedy=remedy)
     # Inside, and so on the same disk: the parts are moved to their places.
     with written_whole(path / _ADDED, is_whole=Path.is_dir) as work:
         parts = _fill(work, folder, plans, on_bytes=on_bytes)
@@ -292,7 +301,7 @@ def restore(
     }
     try:
         arrays = ocp.load(path / part, wanted)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # Orbax and TensorStore raise many kinds
         line = str(error).splitlines()[0][:300]
         raise ValueError(f"{path / part} is not a whole Orbax checkpoint: {line}") from error
     return trees.fill(module, arrays)

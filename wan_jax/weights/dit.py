@@ -1,9 +1,12 @@
 """DiT: the names of Wan2.1 and of Diffusers, and its dimensions from either's files."""
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from wan_jax.config import DiTConfig
+from wan_jax.weights import facts
 from wan_jax.weights.rules import LINEAR, SAME, Layout, Rule, Shape, Table
 
 _PATCH = Layout(permute=(2, 3, 4, 1, 0))  # [d, c, pt, ph, pw] -> [pt, ph, pw, c, d]
@@ -56,10 +59,54 @@ def _table() -> Table:
 TABLE = _table()
 
 
-def config_from_wan(values: Mapping[str, Any], shapes: Mapping[str, Shape]) -> DiTConfig:
+_NAMES = {
+    "wan": ("text_embedding.0", "time_embedding.0", "blocks.{i}.ffn.0", "head.head"),
+    "diffusers": (
+        "condition_embedder.text_embedder.linear_1",
+        "condition_embedder.time_embedder.linear_1",
+        "blocks.{i}.ffn.net.0.proj",
+        "proj_out",
+    ),
+}
+_HEAD_DIM = 128  # of every released network; it is the one size that no shape shows
+
+
+def config_from_shapes(shapes: Mapping[str, Shape], naming: str) -> DiTConfig:
+    """Dimensions of the DiT whose tensors have these names and shapes, heads as in released ones.
+
+    naming: one of rules.NAMINGS. text_len and eps are the released ones too. Raises ValueError
+    where the tensors are those of no DiT, or where its width is no multiple of 128.
+    """
+    text, time, ffn, head = (f"{name}.weight" for name in _NAMES[naming])
+    dim, in_channels, *patch = facts.sizes(shapes, "patch_embedding.weight", axes=5)
+    outputs = facts.sizes(shapes, head, axes=2)[0]
+    if outputs % math.prod(patch):
+        raise ValueError(f"{head} has {outputs} rows, which patches of {patch} do not divide")
+    if dim % _HEAD_DIM:
+        raise ValueError(
+            f"the DiT has width {dim}, no multiple of {_HEAD_DIM}, and no tensor shows how many "
+            "heads it has; add its config.json (dim, num_heads, ...) beside its file"
+        )
+    pattern = re.escape(ffn).replace(re.escape("{i}"), r"\d+")
+    return DiTConfig(
+        dim=dim,
+        ffn_dim=facts.sizes(shapes, ffn.replace("{i}", "0"), axes=2)[0],
+        num_heads=dim // _HEAD_DIM,
+        num_layers=sum(1 for name in shapes if re.fullmatch(pattern, name)),
+        in_channels=in_channels,
+        out_channels=outputs // math.prod(patch),
+        text_dim=facts.sizes(shapes, text, axes=2)[1],
+        freq_dim=facts.sizes(shapes, time, axes=2)[1],
+        patch_size=tuple(patch),
+    )
+
+
+def config_from_wan(
+    values: Mapping[str, Any], shapes: Mapping[str, Shape], *, naming: str = "wan"
+) -> DiTConfig:
     """From config.json of the original layout; what it does not store comes from the shapes.
 
-    Raises ValueError for a network that is not text to video.
+    naming: that of the shapes. Raises ValueError for a network that is not text to video.
     """
     kind = values.get("model_type", "t2v")
     if kind != "t2v":
@@ -67,16 +114,16 @@ def config_from_wan(values: Mapping[str, Any], shapes: Mapping[str, Shape]) -> D
             f"config.json has model_type {kind!r}; only 't2v' checkpoints are supported"
         )
     return DiTConfig(
-        dim=values["dim"],
-        ffn_dim=values["ffn_dim"],
-        num_heads=values["num_heads"],
-        num_layers=values["num_layers"],
-        in_channels=values["in_dim"],
-        out_channels=values["out_dim"],
-        text_dim=shapes["text_embedding.0.weight"][1],
-        text_len=values["text_len"],
-        freq_dim=values["freq_dim"],
-        patch_size=tuple(shapes["patch_embedding.weight"][2:]),
+        dim=facts.integer(values, "dim"),
+        ffn_dim=facts.integer(values, "ffn_dim"),
+        num_heads=facts.integer(values, "num_heads"),
+        num_layers=facts.integer(values, "num_layers"),
+        in_channels=facts.integer(values, "in_dim"),
+        out_channels=facts.integer(values, "out_dim"),
+        text_dim=facts.sizes(shapes, f"{_NAMES[naming][0]}.weight", axes=2)[1],
+        text_len=facts.integer(values, "text_len"),
+        freq_dim=facts.integer(values, "freq_dim"),
+        patch_size=facts.sizes(shapes, "patch_embedding.weight", axes=5)[2:],
         eps=values["eps"],
     )
 
@@ -87,6 +134,7 @@ def config_from_diffusers(values: Mapping[str, Any]) -> DiTConfig:
     Raises ValueError for a network that is not text to video or a choice Wan2.1 does not make.
     """
     fixed = {
+        "_class_name": "WanTransformer3DModel",
         "qk_norm": "rms_norm_across_heads",
         "cross_attn_norm": True,
         "image_dim": None,
@@ -99,16 +147,19 @@ def config_from_diffusers(values: Mapping[str, Any]) -> DiTConfig:
                 f"transformer/config.json has {name} = {values[name]!r}; {needed!r} is needed, "
                 "as in a text-to-video checkpoint"
             )
+    heads, head_dim = (
+        facts.integer(values, name) for name in ("num_attention_heads", "attention_head_dim")
+    )
     return DiTConfig(
-        dim=values["num_attention_heads"] * values["attention_head_dim"],
-        ffn_dim=values["ffn_dim"],
-        num_heads=values["num_attention_heads"],
-        num_layers=values["num_layers"],
-        in_channels=values["in_channels"],
-        out_channels=values["out_channels"],
-        text_dim=values["text_dim"],
-        freq_dim=values["freq_dim"],
-        patch_size=tuple(values["patch_size"]),
+        dim=heads * head_dim,
+        ffn_dim=facts.integer(values, "ffn_dim"),
+        num_heads=heads,
+        num_layers=facts.integer(values, "num_layers"),
+        in_channels=facts.integer(values, "in_channels"),
+        out_channels=facts.integer(values, "out_channels"),
+        text_dim=facts.integer(values, "text_dim"),
+        freq_dim=facts.integer(values, "freq_dim"),
+        patch_size=facts.integers(values, "patch_size"),
         eps=values["eps"],
     )
 
@@ -132,4 +183,24 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
         "image_dim": None,
         "added_kv_proj_dim": None,
         "rope_max_seq_len": 1024,
+    }
+
+
+def config_to_wan(config: DiTConfig) -> dict[str, Any]:
+    """config.json of the original's WanModel with this network's dimensions.
+
+    It has no place for patch_size and text_dim, which its tensors show.
+    """
+    return {
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "text_len": config.text_len,
+        "in_dim": config.in_channels,
+        "dim": config.dim,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "out_dim": config.out_channels,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "eps": config.eps,
     }

@@ -82,15 +82,14 @@ def _is_same(descriptor: int, file: Path) -> bool:
         return False
 
 
-def check_space(path: Path, needed: int, *, flag: str) -> None:
-    """Raise ValueError if the disk that `path` will be on has fewer free bytes than `needed`.
+def check_space(folder: Path, needed: int, *, remedy: str) -> None:
+    """Raise ValueError, ending with the remedy, if the folder's disk has not `needed` bytes free.
 
-    flag: what the error advises to change.
+    The folder need not exist yet.
     """
-    place = next(p for p in (path, *path.parents) if p.exists())
+    place = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ValueError(
-            f"{path} needs {needed / 1e9:.1f} GB and the disk of {place} has {free / 1e9:.1f} GB "
-            f"free; make room or choose another place with {flag}"
+            f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free at {place}; {remedy}"
         )

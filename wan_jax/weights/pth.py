@@ -1,201 +1,218 @@
 """Tensors of PyTorch .pth files, read without torch and without running anything from the file.
 
 A .pth is a pickle of names whose tensors point into raw storages: a zip of one file each, or in the
-older form all of them one after another behind the pickle. The unpickler here knows the handful of
-globals that a state dict needs and refuses every other, so a hostile file is an error message.
+older form all of them one after another behind the pickle. Storages, tensors and the file must
+account for each other in full, so that a damaged number is an error and never another tensor.
 """
 
-import collections
-import io
+import itertools
 import math
-import pickle
 import struct
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from wan_jax.weights import pickled
+from wan_jax.weights.archive import Archive, is_zip
+from wan_jax.weights.facts import one_line
+from wan_jax.weights.pickled import Storage, Tensor, show
 from wan_jax.weights.rules import Shape
 
-_STORAGES = {
-    "FloatStorage": np.dtype(np.float32),
-    "DoubleStorage": np.dtype(np.float64),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_MAX_PICKLE = 2**26  # bytes; the largest released file's is under 1 MiB
+_MAX_ENTRY = 2**21  # bytes of those entries of a zip that are no storages
+_LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # magic number and version of the older form
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+Places = dict[str, tuple[int, int]]  # {storage key: (start in the file, length in bytes)}
 
 
-class _Storage(NamedTuple):
-    key: str
-    dtype: np.dtype
-
-
-class _Tensor(NamedTuple):
-    storage: _Storage
-    offset: int
-    shape: Shape
-    strides: Shape
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise pickle.UnpicklingError("a tensor is not described by a storage and numbers")
-    if len(shape) != len(strides):
-        raise pickle.UnpicklingError("a tensor has as many strides as axes, this one does not")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows ordered dictionaries, tensors and storages, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-        }
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, which is no part of weights"
-            )
-        return known[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key = pid[:3]
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"it refers to {kind!r}, which is no storage of weights")
-        return _Storage(key, dtype)
+def _dtype(storage: Storage) -> np.dtype:
+    return _BFLOAT16 if storage.dtype == "bfloat16" else np.dtype(storage.dtype)
 
 
 class PthReader:
     """rules.Reader over one .pth file; a tensor's bytes are read when it is asked for.
 
-    Raises ValueError naming the file if it is missing, truncated, no .pth, holds anything but named
-    tensors, or asks for a global that weights do not need.
+    Raises ValueError naming the file if it is missing, truncated, damaged, no .pth, or holds
+    anything but named tensors. Where the zip has checksums, read() raises it as well.
     """
 
     def __init__(self, file: Path) -> None:
         self.files = (file,)
+        self._archive: Archive | None = None
+        self._verified: set[str] = set()
         try:
             with file.open("rb") as stream:
-                whole = zipfile.is_zipfile(stream)
-                stream.seek(0)
-                tree, self._places = _read_zip(file) if whole else _read_legacy(stream)
-            self._tensors = self._checked(tree)
+                tree = self._open_zip(file) if is_zip(stream) else self._open_legacy(stream)
+            self._tensors = _tensors(tree)
+            _check(self._tensors, self._places, checked=self._checked)
         except FileNotFoundError:
             raise ValueError(f"{file} is missing") from None
-        except Exception as error:  # a broken pickle or zip fails in any way it likes
-            raise ValueError(f"{file} is not a readable .pth of weights: {error}") from error
+        except (ValueError, OSError, struct.error, OverflowError) as error:
+            raise self._damaged(error) from error
 
-    def _checked(self, tree: Any) -> dict[str, _Tensor]:
-        tensors = {}
-        for name, value in dict(tree).items():
-            if not isinstance(name, str) or not isinstance(value, _Tensor):
-                raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
-            place = self._places.get(value.storage.key)
-            if place is None:
-                raise ValueError(f"the storage of {name} is missing")
-            last = value.offset + sum(
-                (n - 1) * step for n, step in zip(value.shape, value.strides, strict=True)
-            )
-            size = value.storage.dtype.itemsize
-            if math.prod(value.shape) and (last + 1) * size > place[1]:
-                raise ValueError(f"{name} reaches beyond its storage of {place[1]} bytes")
-            tensors[name] = value
-        return tensors
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.files[0]} is not a readable .pth of weights: {one_line(error)}")
+
+    @property
+    def _checked(self) -> bool:
+        return self._archive is not None and self._archive.checked
+
+    def _open_zip(self, file: Path) -> Any:
+        self._archive = Archive(file)
+        tree, self._root = _read_zip(self._archive)
+        data = f"{self._root}data/"
+        self._places: Places = {
+            name.removeprefix(data): (entry.start, entry.length)
+            for name, entry in self._archive.entries.items()
+            if name.startswith(data)
+        }
+        return tree
+
+    def _open_legacy(self, stream: BinaryIO) -> Any:
+        tree, self._places = _read_legacy(stream)
+        return tree
 
     def shapes(self) -> dict[str, tuple[Shape, str]]:
         """{tensor name: (shape, NumPy dtype name)}."""
-        return {name: (t.shape, t.storage.dtype.name) for name, t in self._tensors.items()}
+        return {name: (t.shape, t.storage.dtype) for name, t in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the shape and dtype it is stored in."""
         tensor = self._tensors[name]
-        start, length = self._places[tensor.storage.key]
-        dtype = tensor.storage.dtype
-        flat = np.memmap(self.files[0], np.uint8, "r", offset=start, shape=(length,))
-        values = flat[: length // dtype.itemsize * dtype.itemsize].view(dtype)[tensor.offset :]
+        dtype = _dtype(tensor.storage)
+        if 0 in tensor.shape:
+            return np.empty(tensor.shape, dtype)
+        try:
+            self._verify(tensor.storage.key)
+            start, length = self._places[tensor.storage.key]
+            flat = np.memmap(self.files[0], np.uint8, "r", offset=start, shape=(length,))
+        except (ValueError, OSError) as error:
+            raise self._damaged(error) from error
+        values = flat.view(dtype)[tensor.offset :]
         strides = [step * dtype.itemsize for step in tensor.strides]
         return np.array(np.lib.stride_tricks.as_strided(values, tensor.shape, strides))
+
+    def _verify(self, key: str) -> None:
+        if self._archive is not None and key not in self._verified:
+            self._archive.verify(f"{self._root}data/{key}")
+            self._verified.add(key)
 
     def nbytes(self) -> int:
         """Size of the file in bytes."""
         return self.files[0].stat().st_size
 
 
-Places = dict[str, tuple[int, int]]
-
-
-def _read_zip(file: Path) -> tuple[Any, Places]:
-    """The pickled tree, and {storage key: (start in the file, length in bytes)}."""
-    with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
-        entries = {info.filename: info for info in archive.infolist()}
-        name = next(n for n in entries if n.endswith("/data.pkl"))
-        root = name.removesuffix("data.pkl")
-        if entries[name].file_size > _MAX_PICKLE:
-            raise ValueError(f"its pickle has {entries[name].file_size} bytes")
-        order = f"{root}byteorder"
-        if order in entries and archive.read(order) != b"little":
-            raise ValueError("it was written on a big-endian machine")
-        tree = _Unpickler(io.BytesIO(archive.read(name))).load()
-        places = {
-            n.removeprefix(f"{root}data/"): (_start(stream, info), info.file_size)
-            for n, info in entries.items()
-            if n.startswith(f"{root}data/")
-        }
-    return tree, places
-
-
-def _start(stream: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: behind a local header of 30 bytes, its name and its padding."""
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} is compressed")
-    stream.seek(info.header_offset)
-    header = stream.read(30)
-    if len(header) != 30 or header[:4] != b"PK\x03\x04":
-        raise ValueError(f"{info.filename} has no header")
-    name, extra = struct.unpack("<HH", header[26:])
-    return info.header_offset + 30 + name + extra
+def _read_zip(archive: Archive) -> tuple[Any, str]:
+    """The pickled tree, and the folder in the zip that everything lies in."""
+    pickles = [name for name in archive.entries if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"it is a zip with {len(pickles)} data.pkl in place of one")
+    root = pickles[0].removesuffix("data.pkl")
+    strange = [name for name in archive.entries if not name.startswith(root)]
+    code = [name for name in archive.entries if name.startswith(f"{root}code/")]
+    if strange or code:
+        raise ValueError(f"it holds {show((strange + code)[0])}, which is no part of weights")
+    order = f"{root}byteorder"
+    if order in archive.entries and archive.read(order, most=_MAX_ENTRY) != b"little":
+        raise ValueError("it was written on a big-endian machine")
+    return pickled.loads(archive.read(pickles[0], most=_MAX_ENTRY)), root
 
 
 def _read_legacy(stream: BinaryIO) -> tuple[Any, Places]:
     """The same of torch before 1.6: three small pickles, the tree, the keys, then raw storages."""
-    magic, _, system = (_Unpickler(stream).load() for _ in range(3))
-    if magic != _LEGACY_MAGIC or not system.get("little_endian"):
+    magic, version, system = (pickled.load(stream) for _ in range(3))
+    little = type(system) is dict and system.get("little_endian") is True
+    if (magic, version) != _LEGACY or not little:
         raise ValueError("it is neither a zip nor the older form from a little-endian machine")
-    storages: dict[str, np.dtype] = {}
-
-    class Recording(_Unpickler):
-        def persistent_load(self, pid: Any) -> _Storage:
-            storage = super().persistent_load(pid)
-            storages[storage.key] = storage.dtype
-            return storage
-
-    tree = Recording(stream).load()
+    tree, keys = pickled.load(stream), pickled.load(stream)
+    storages = {tensor.storage.key: tensor.storage for tensor in _tensors(tree).values()}
+    if type(keys) is not list or not all(type(key) is str for key in keys):
+        raise ValueError("it has no list of storages")
     places: Places = {}
-    end = stream.seek(0, io.SEEK_CUR)
-    size = stream.seek(0, io.SEEK_END)
-    stream.seek(end)
-    for key in _Unpickler(stream).load():
+    offset = stream.tell()
+    size = stream.seek(0, 2)
+    for key in keys:
+        if key not in storages or key in places:
+            raise ValueError(f"the storage {show(key)} is no tensor's, or there twice")
+        stream.seek(offset)
         (count,) = struct.unpack("<q", stream.read(8))
-        start, length = stream.tell(), count * storages[key].itemsize
-        if count < 0 or start + length > size:
-            raise ValueError("it is truncated")
-        places[key] = (start, length)
-        stream.seek(length, io.SEEK_CUR)
+        length = count * _dtype(storages[key]).itemsize
+        if count != storages[key].length or offset + 8 + length > size:
+            raise ValueError(f"it is truncated, or the storage {show(key)} has another length")
+        places[key] = (offset + 8, length)
+        offset += 8 + length
+    if offset != size:
+        raise ValueError(f"{size - offset} bytes follow its last storage")
     return tree, places
+
+
+def _tensors(tree: Any) -> dict[str, Tensor]:
+    if type(tree) is not dict:
+        raise ValueError(f"it holds a {type(tree).__name__} in place of named tensors")
+    for name, value in tree.items():
+        if type(value) is not Tensor:
+            raise ValueError(f"{show(name)} is a {type(value).__name__}, not a tensor")
+        if not name.isprintable() or not name:
+            raise ValueError(f"the name {show(name)!r} is not one of a tensor")
+    return tree
+
+
+def _check(tensors: Mapping[str, Tensor], places: Places, *, checked: bool) -> None:
+    """Raise ValueError unless storages have their lengths, and each is used as tensors may.
+
+    checked: the zip has checksums, and so the pickle's numbers are those that were written: a
+    tensor may be any part of its storage, also one that others have, as slices and tied weights
+    are. Without checksums a slice cannot be told from a number that was damaged, and there the
+    tensors of a storage must fill it, each its own run (or the same run in the same way).
+    """
+    users: dict[Storage, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        users.setdefault(tensor.storage, {})[name] = tensor
+    keys = [storage.key for storage in users]
+    unused = [show(key) for key in sorted(set(places) - set(keys))]
+    if unused:
+        raise ValueError(f"the storages {unused[:3]} are used by no tensor")
+    if len(set(keys)) != len(keys):
+        raise ValueError("one storage has two types or lengths")
+    for storage, group in users.items():
+        first = show(next(iter(group)))
+        if storage.key not in places:
+            raise ValueError(f"the storage of {first} is missing")
+        if storage.length * _dtype(storage).itemsize != places[storage.key][1]:
+            raise ValueError(f"the storage of {first} has another length than {first} says")
+        for name, tensor in group.items():
+            _check_view(show(name), tensor)
+        if not checked:
+            _check_filled(first, storage, group)
+
+
+def _check_view(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a tensor that leaves its storage or has an element twice."""
+    axes = sorted((s, n) for s, n in zip(tensor.strides, tensor.shape, strict=True) if n > 1)
+    reach = 0
+    for step, count in axes:
+        if step <= reach and 0 not in tensor.shape:
+            raise ValueError(f"{name} has strides {tensor.strides} for shape {tensor.shape}")
+        reach += (count - 1) * step
+    if 0 not in tensor.shape and tensor.offset + reach >= tensor.storage.length:
+        raise ValueError(f"{name} reaches beyond its storage of {tensor.storage.length} numbers")
+
+
+def _check_filled(first: str, storage: Storage, group: Mapping[str, Tensor]) -> None:
+    runs = sorted({(t.offset, t.shape, t.strides) for t in group.values() if 0 not in t.shape})
+    place = 0
+    for offset, shape, strides in runs:
+        axes = sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1)
+        steps = itertools.accumulate((n for _, n in axes), lambda a, b: a * b, initial=1)
+        dense = all(step == due for (step, _), due in zip(axes, steps))
+        place = place + math.prod(shape) if offset == place and dense else -1
+        if place < 0:
+            break
+    if place != storage.length:
+        raise ValueError(
+            f"{first} is damaged, or a slice or another view of a tensor, which cannot be told "
+            "apart in a file without checksums; save it again with a newer torch"
+        )

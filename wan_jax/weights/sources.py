@@ -1,9 +1,9 @@
-"""A checkpoint folder as people have it on disk: which files hold which network, and its sizes."""
+"""A checkpoint as people have it on disk: which files hold which network, and its sizes."""
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,21 @@ from wan_jax.dit import DiT
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.umt5 import UMT5
 from wan_jax.vae import VAE
-from wan_jax.weights import dit, trees, umt5, vae
-from wan_jax.weights.pth import PthReader
-from wan_jax.weights.readers import SafetensorsReader, open_safetensors
+from wan_jax.weights import dit, repacks, trees, umt5, vae
+from wan_jax.weights.facts import one_line, read_json
+from wan_jax.weights.layouts import UMT5_PTH as UMT5_PTH
+from wan_jax.weights.layouts import VAE_PTH as VAE_PTH
+from wan_jax.weights.layouts import Search
+from wan_jax.weights.readers import FileReader
 from wan_jax.weights.rules import Shape, Table
 
 PARTS = ("dit", "vae", "umt5")
 DEFAULTS_FILE = "wan_jax.json"
-VAE_PTH = "Wan2.1_VAE.pth"
-UMT5_PTH = "models_t5_umt5-xxl-enc-bf16.pth"
+CONFIG_FILE = "config.json"
 PartConfig = DiTConfig | VAEConfig | UMT5Config
+
+_TOKENIZERS = ("tokenizer", "google/umt5-xxl")
+_MAX_SIZE = 2**20  # no dimension of a network is larger; UMT5's vocabulary has 256384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Source:
 
     part: str
     naming: str
-    reader: SafetensorsReader | PthReader
+    reader: FileReader
     config: PartConfig
     table: Table
 
@@ -42,7 +47,8 @@ class Source:
 class Folder:
     """Parts of a checkpoint in PyTorch files: only those that were asked for.
 
-    sources: {part: source}. tokenizer: its folder, with "umt5" only. defaults: with "dit" only.
+    path: the folder, or the one file. sources: {part: source}. tokenizer: its folder, with "umt5"
+    only. defaults: with "dit" only.
     """
 
     path: Path
@@ -84,111 +90,146 @@ def part_table(config: PartConfig) -> Table:
 
 
 def open_folder(path: Path, parts: Sequence[str] = PARTS) -> Folder:
-    """Find the parts asked for in the Diffusers or the original layout, or in a mixture.
+    """Find the parts asked for in a folder or one file, whoever arranged it.
 
-    Raises ValueError naming what is missing and where it was looked for.
+    path: a folder in the Diffusers, the original or ComfyUI's layout or a mixture of them, or a
+    file that holds every part asked for. Only headers are read. Raises ValueError naming what is
+    missing and where it was looked for, or what is wrong with a file.
     """
-    if (path / "transformer_2").is_dir():
-        raise ValueError(f"{path} has a second transformer, as Wan2.2 does; Wan2.1 has one")
-    openers = {"dit": _open_dit, "vae": _open_vae, "umt5": _open_umt5}
-    sources = {part: openers[part](path) for part in parts}
-    tokenizer = _tokenizer(path) if "umt5" in sources else None
-    defaults = None
-    if "dit" in sources:
-        config = sources["dit"].config
-        assert isinstance(config, DiTConfig)
-        defaults = _defaults(path, config)
+    search = Search(path)
+    sources = {part: _open(search, part) for part in parts}
+    tokenizer = _tokenizer(search, sources["umt5"]) if "umt5" in sources else None
+    defaults = _defaults(search.base, sources["dit"].config) if "dit" in sources else None
     return Folder(path, sources, tokenizer, defaults)
 
 
-def _tokenizer(path: Path) -> Path:
-    folders = (path / name for name in ("tokenizer", "google/umt5-xxl"))
-    found = next((folder for folder in folders if folder.is_dir()), None)
-    if found is None:
-        raise ValueError(f"{path} has no tokenizer/ and no google/umt5-xxl/; one is needed")
-    load_tokenizer(found)  # now, not when gigabytes have been converted
-    return found
-
-
-def _defaults(path: Path, config: DiTConfig) -> Defaults:
-    file = path / DEFAULTS_FILE
-    return Defaults.from_dict(_json(file)) if file.is_file() else default_settings(config)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; it holds the network's dimensions") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}; an object is needed")
-    return values
-
-
-def _configured(file: Path, read: Callable[[], PartConfig]) -> PartConfig:
-    try:
-        return read()
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{file} lacks {error}, a dimension of the network") from error
-    except TypeError as error:
-        raise ValueError(f"{file} has a value of the wrong type: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _open_dit(path: Path) -> Source:
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    if not any(folder.glob("*.safetensors*")):
-        raise ValueError(
-            f"{path} has neither transformer/*.safetensors (Diffusers layout) nor "
-            "diffusion_pytorch_model*.safetensors (original layout)"
-        )
-    reader = open_safetensors(folder)
-    shapes: dict[str, Shape] = {name: shape for name, (shape, _) in reader.shapes().items()}
-    file = folder / "config.json"
-    values = _json(file)
-    if "text_embedding.0.weight" in shapes:
-        config = _configured(file, lambda: dit.config_from_wan(values, shapes))
-        return Source("dit", "wan", reader, config, dit.TABLE)
-    config = _configured(file, lambda: dit.config_from_diffusers(values))
-    return Source("dit", "diffusers", reader, config, dit.TABLE)
-
-
-def _open_vae(path: Path) -> Source:
-    if (path / "vae").is_dir() or not (path / VAE_PTH).is_file():
-        return _open_sub(path, "vae", vae.config_from_diffusers, VAE_PTH)
-    return _open_pth(path / VAE_PTH, "vae", vae.config_from_shapes)
-
-
-def _open_umt5(path: Path) -> Source:
-    if (path / "text_encoder").is_dir() or not (path / UMT5_PTH).is_file():
-        return _open_sub(path, "text_encoder", umt5.config_from_diffusers, UMT5_PTH)
-    return _open_pth(path / UMT5_PTH, "umt5", umt5.config_from_shapes)
-
-
-def _open_pth(
-    file: Path, part: str, read: Callable[[Mapping[str, Shape], str], PartConfig]
-) -> Source:
-    """A network of the original layout, which keeps no dimensions but the shapes."""
-    reader = PthReader(file)
+def _open(search: Search, part: str) -> Source:
+    unit, place = search.find(part)
+    naming = unit.claims[part].naming
+    reader = repacks.take(unit.reader, unit.claims, part)
+    repacks.check_precision(reader)
     shapes = {name: shape for name, (shape, _) in reader.shapes().items()}
-    config = _configured(file, lambda: read(shapes, "wan"))
-    return Source(part, "wan", reader, config, part_table(config))
+    file = reader.files[0]
+    if part == "dit":
+        repacks.check_task(shapes, file)
+    described = file.parent / CONFIG_FILE
+    values = _description(search, part, described, own=place != "")
+    config = _configured(
+        file if values is None else described, part, shapes, naming=naming, values=values
+    )
+    return Source(part, naming, reader, config, part_table(config))
 
 
-def _open_sub(
-    path: Path, name: str, read: Callable[[dict[str, Any]], PartConfig], other: str
-) -> Source:
-    folder = path / name
-    if not folder.is_dir():
+def _description(search: Search, part: str, file: Path, *, own: bool) -> dict[str, Any] | None:
+    """What the config.json beside a network's files says, or None if there is none of it.
+
+    own: the folder is this network's alone. Raises ValueError if a Diffusers folder lacks it.
+    """
+    if not file.is_file():
+        if own and (search.path / "model_index.json").is_file():
+            raise ValueError(f"{file} is missing; it holds the network's dimensions")
+        return None
+    values = read_json(file)
+    others = {
+        "vae": values.get("_class_name") == "AutoencoderKLWan" or "base_dim" in values,
+        "umt5": values.get("model_type") == "umt5" or "d_model" in values,
+    }
+    kind = next((name for name, found in others.items() if found), "dit")
+    return values if own or kind == part else None
+
+
+def _configured(
+    file: Path,
+    part: str,
+    shapes: Mapping[str, Shape],
+    *,
+    naming: str,
+    values: Mapping[str, Any] | None,
+) -> PartConfig:
+    """From config.json where there is one, else from the shapes; ValueError naming the file."""
+    try:
+        config = _read_config(part, shapes, naming=naming, values=values)
+        _check_sizes(config, len(shapes))
+        return config
+    except (KeyError, IndexError) as error:
+        text = f"{file} lacks {one_line(error)}, a dimension of the network"
+        raise ValueError(text) from error
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"{file} has a value of the wrong type: {one_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {one_line(error)}") from error
+
+
+def _read_config(
+    part: str, shapes: Mapping[str, Shape], *, naming: str, values: Mapping[str, Any] | None
+) -> PartConfig:
+    if part == "vae":
+        if values is None:
+            return vae.config_from_shapes(shapes, naming)
+        return vae.config_from_diffusers(values)
+    if part == "umt5":
+        if values is None:
+            return umt5.config_from_shapes(shapes, naming)
+        return umt5.config_from_diffusers(values)
+    if values is None:
+        return dit.config_from_shapes(shapes, naming)
+    if "num_attention_heads" in values or "attention_head_dim" in values:
+        return dit.config_from_diffusers(values)
+    return dit.config_from_wan(values, shapes, naming=naming)
+
+
+def _check_sizes(config: PartConfig, tensors: int) -> None:
+    """Raise ValueError for sizes that no network has, before anything is made of them."""
+    for name, value in dataclasses.asdict(config).items():
+        several = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(size, int) and size > _MAX_SIZE for size in several):
+            raise ValueError(f"{name} is {value!r}, more than any network has")
+        layers = name in ("num_layers", "num_res_blocks") and value > tensors
+        if layers or len(several) > max(tensors, 64):
+            raise ValueError(f"{name} is {value!r}, and there are {tensors} tensors")
+
+
+def _tokenizer(search: Search, source: Source) -> Path:
+    """The tokenizer's folder; ValueError if there is none or its tokens are not this encoder's."""
+    own = source.reader.files[0].parent
+    bases = [search.base, own]
+    if search.file is not None or own != search.base:
+        bases.append(own.parent)
+    found = [base / name for base in bases for name in _TOKENIZERS if (base / name).is_dir()]
+    if not found:
         raise ValueError(
-            f"{path} has neither {name}/ with safetensors and config.json (Diffusers layout) nor "
-            f"{other} (original layout)"
+            f"{search.path} has no tokenizer/ and no google/umt5-xxl/; one is needed, with the "
+            "tokenizer.json of google/umt5-xxl"
         )
-    file = folder / "config.json"
-    values = _json(file)
-    config = _configured(file, lambda: read(values))
-    part = "umt5" if isinstance(config, UMT5Config) else "vae"
-    return Source(part, "diffusers", open_safetensors(folder), config, part_table(config))
+    tokenizer = load_tokenizer(found[0])  # now, not when gigabytes have been converted
+    config = source.config
+    assert isinstance(config, UMT5Config)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"{found[0]} has {tokenizer.get_vocab_size()} tokens and the text encoder "
+            f"{config.vocab_size}; they do not belong together"
+        )
+    return found[0]
+
+
+def _defaults(base: Path, config: PartConfig) -> Defaults:
+    """From wan_jax.json where there is one; ValueError naming it if a value is none of its kind."""
+    assert isinstance(config, DiTConfig)
+    file = base / DEFAULTS_FILE
+    if not file.is_file():
+        return default_settings(config)
+    try:
+        found = Defaults.from_dict(read_json(file))
+    except ValueError as error:
+        text = one_line(error)
+        raise ValueError(text if text.startswith(str(file)) else f"{file}: {text}") from error
+    for field in dataclasses.fields(Defaults):
+        value, usual = getattr(found, field.name), field.default
+        kinds = (int, float) if isinstance(usual, float) else (type(usual),)
+        fits = type(value) in kinds and (type(value) is not float or math.isfinite(value))
+        if fits and field.name == "size":
+            fits = [type(side) for side in value] == [int, int]
+        if not fits:
+            shown = repr(value)[:100]
+            raise ValueError(f"{file} has {field.name} = {shown}; one like {usual!r} is needed")
+    return found

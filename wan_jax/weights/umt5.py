@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wan_jax.config import UMT5Config
+from wan_jax.weights import facts
 from wan_jax.weights.rules import LINEAR, Rule, Shape, Table
 
 _EMBEDDING = {"wan": "token_embedding.weight", "diffusers": "shared.weight"}
@@ -70,13 +71,16 @@ def config_from_diffusers(values: Mapping[str, Any]) -> UMT5Config:
     missing = [name for name in sizes if name not in values]
     if missing:
         raise ValueError(f"text_encoder/config.json lacks {missing}; a UMT5 config has {sizes}")
+    vocab_size, dim, heads, head_dim, ffn_dim, layers = (
+        facts.integer(values, name) for name in sizes
+    )
     return UMT5Config(
-        vocab_size=values["vocab_size"],
-        dim=values["d_model"],
-        num_heads=values["num_heads"],
-        head_dim=values["d_kv"],
-        ffn_dim=values["d_ff"],
-        num_layers=values["num_layers"],
+        vocab_size=vocab_size,
+        dim=dim,
+        num_heads=heads,
+        head_dim=head_dim,
+        ffn_dim=ffn_dim,
+        num_layers=layers,
         num_buckets=values.get("relative_attention_num_buckets", UMT5Config.num_buckets),
         max_distance=values.get("relative_attention_max_distance", UMT5Config.max_distance),
         eps=values.get("layer_norm_epsilon", UMT5Config.eps),
@@ -102,9 +106,9 @@ def config_from_shapes(shapes: Mapping[str, Shape], naming: str) -> UMT5Config:
     missing = [name for name in (embedding, query, gate, bias) if name not in shapes]
     if missing:
         raise ValueError(f"these weights are no UMT5 encoder: {missing} missing")
-    vocab_size, dim = shapes[embedding]
-    num_buckets, num_heads = shapes[bias]
-    width = shapes[query][0]
+    vocab_size, dim = facts.sizes(shapes, embedding, axes=2)
+    num_buckets, num_heads = facts.sizes(shapes, bias, axes=2)
+    width = facts.sizes(shapes, query, axes=2)[0]
     if width % num_heads:
         raise ValueError(
             f"{query} has {width} rows, which the {num_heads} heads of {bias} do not divide"
@@ -115,7 +119,7 @@ def config_from_shapes(shapes: Mapping[str, Shape], naming: str) -> UMT5Config:
         dim=dim,
         num_heads=num_heads,
         head_dim=width // num_heads,
-        ffn_dim=shapes[gate][0],
+        ffn_dim=facts.sizes(shapes, gate, axes=2)[0],
         num_layers=sum(1 for name in shapes if re.fullmatch(pattern, name)),
         num_buckets=num_buckets,
     )

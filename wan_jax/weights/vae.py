@@ -4,17 +4,20 @@ Wan numbers the stages' parts through, one list a network; Diffusers does so in 
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from wan_jax.config import VAEConfig
 from wan_jax.vae_blocks import Stage, decoder_stages, encoder_stages
+from wan_jax.weights import facts
 from wan_jax.weights.rules import CONV2D, CONV3D, NAMINGS, SAME, Layout, Rule, Shape, Table
 
 _SCALE_3D = Layout(squeeze=(1, 2, 3))  # [c, 1, 1, 1] -> [c]
 _SCALE_2D = Layout(squeeze=(1, 2))  # [c, 1, 1] -> [c]
 _POINT_3D = Layout(squeeze=(2, 3, 4), permute=(1, 0))  # [o, i, 1, 1, 1] -> [i, o]
 _POINT_2D = Layout(squeeze=(2, 3), permute=(1, 0))  # [o, i, 1, 1] -> [i, o]
+
+_Z_DIM_2_2 = 48  # latent channels of Wan2.2's other VAE
 
 
 def _pair(target: str, wan: str, diffusers: str, layout: Layout) -> tuple[Rule, Rule]:
@@ -111,7 +114,7 @@ def _encoder_parts(shapes: Mapping[str, Shape], naming: str) -> tuple[list[list[
         name = f"{prefix}.{k}"
         block = shapes.get(f"{name}.{conv}")
         if block is not None:
-            widths[-1].append(block[0])
+            widths[-1].append(facts.sizes(shapes, f"{name}.{conv}", axes=5)[0])
         elif f"{name}.resample.1.weight" in shapes:
             widths.append([])
             temporal.append(f"{name}.time_conv.weight" in shapes)
@@ -135,13 +138,15 @@ def config_from_shapes(shapes: Mapping[str, Shape], naming: str) -> VAEConfig:
     for name in ends:
         if name not in shapes:
             raise ValueError(f"no tensor {name}: these are not a VAE's weights in {naming} names")
-    base_dim, z_dim = (shapes[name][0] for name in ends)
+    base_dim, z_dim = (facts.sizes(shapes, name, axes=5)[0] for name in ends)
     widths, temporal = _encoder_parts(shapes, naming)
     outs = [stage[-1] if stage else 0 for stage in widths]
     if any(stage != [outs[i]] * len(widths[0]) for i, stage in enumerate(widths)) or not all(outs):
         raise ValueError(f"encoder stages of widths {widths}; one width and one length are needed")
     if any(width % base_dim for width in outs):
         raise ValueError(f"encoder widths {outs} are not multiples of the first, {base_dim}")
+    if z_dim == _Z_DIM_2_2:
+        raise ValueError(f"a VAE of {z_dim} latent channels is that of Wan2.2; Wan2.1's has 16")
     if z_dim != VAEConfig().z_dim:
         raise ValueError(
             f"a VAE of {z_dim} latent channels needs a config.json: the statistics of its latents "
@@ -196,10 +201,25 @@ def config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
         if fits is not None and value not in fits:
             expected = " or ".join(repr(fit) for fit in fits)
             raise ValueError(f"vae/config.json has {key} = {value!r}; only {expected} is supported")
-    found = {ours: values[key] for key, ours in _DIFFUSERS_FIELDS.items() if key in values}
-    return VAEConfig.from_dict(
-        {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
-    )
+    if values.get("z_dim") == _Z_DIM_2_2:
+        raise ValueError(f"a VAE of {_Z_DIM_2_2} latent channels is that of Wan2.2")
+    kinds: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
+        "base_dim": facts.integer,
+        "z_dim": facts.integer,
+        "num_res_blocks": facts.integer,
+        "dim_mult": facts.integers,
+        "temperal_downsample": facts.booleans,
+        "latents_mean": facts.numbers,
+        "latents_std": facts.numbers,
+    }
+    found = {
+        ours: kinds[key](values, key) for key, ours in _DIFFUSERS_FIELDS.items() if key in values
+    }
+    if min(found.get("latents_std", (1.0,)), default=1.0) <= 0:
+        raise ValueError(
+            f"latents_std is {list(found['latents_std'])}; positive numbers are needed"
+        )
+    return VAEConfig(**found)
 
 
 def config_to_diffusers(config: VAEConfig) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""PyTorch files of Wan2.1, in whatever layout, to one checkpoint of wan_jax (Orbax).
+
+    python convert/to_orbax.py --src Wan2.1-T2V-1.3B --dst checkpoints/t2v-1.3b
+
+--src is a folder (original, Diffusers or ComfyUI's layout), a repacked .safetensors file, a hub id
+or a gs:// path; --dst a folder or a gs:// path that does not exist yet, or a checkpoint that lacks
+the --parts. Names, shapes and dtypes are checked before the first tensor is read; --dry_run ends
+there. --dst appears when it is whole, so an interrupted run leaves nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from wan_jax import cli, loading
+from wan_jax.weights import checkpoint, remote
+from wan_jax.weights.sources import PARTS, Folder, open_folder
+
+flags.DEFINE_string("src", None, "Folder, .safetensors file, hub id or gs:// path to read.")
+flags.DEFINE_string("dst", None, "Folder or gs:// path to write; needed without --dry_run.")
+flags.DEFINE_list("parts", list(PARTS), "Networks to convert: dit, vae, umt5.")
+flags.DEFINE_enum(
+    "dtype",
+    None,
+    loading.DTYPES,
+    "bfloat16 (the default; what must be float32 stays so) or float32. Parts that are added to a "
+    "checkpoint take its dtype.",
+)
+flags.DEFINE_bool("dry_run", False, "Check everything, say what would be written, write nothing.")
+flags.DEFINE_string("cache_dir", None, "Where files from gs:// are kept; default ~/.cache/wan_jax.")
+
+
+def main(values: flags.FlagValues) -> None:
+    """Check, report, convert."""
+    for name in ("src",) if values.dry_run else ("src", "dst"):
+        if not values[name].value:
+            raise ValueError(f"--{name} is missing; a path is needed")
+    wrong = sorted(set(values.parts) - set(PARTS))
+    if wrong or not values.parts:
+        raise ValueError(f"--parts has {wrong}; some of {', '.join(PARTS)} are needed")
+    parts = [part for part in PARTS if part in values.parts]
+    target = _target(values.dst) if values.dst else None
+    before = _existing(target, parts, values.dtype)
+    dtype = before or values.dtype or "bfloat16"
+    report = cli.Reporter()
+    try:
+        source = loading.fetch(
+            values.src, parts=parts, cache_dir=values.cache_dir, callback=report, notify=cli.say
+        )
+        if checkpoint.is_checkpoint(source):
+            raise ValueError("it is converted already")
+        folder = open_folder(source, parts)
+        _describe(folder, dtype)
+    except ValueError as error:
+        raise ValueError(f"--src {values.src}: {error}") from error
+    if values.dry_run or target is None:
+        return
+    remedy = "choose another --dst"
+    if before is not None:
+        checkpoint.add(folder, target, on_bytes=loading.in_bytes("convert", report), remedy=remedy)
+    else:
+        loading.convert(folder, target, dtype=dtype, callback=report, remedy=remedy)
+    cli.say(report.line())
+    cli.say(f"wrote {target}")
+
+
+def _target(text: str) -> Any:
+    if remote.is_bucket(text):
+        return remote.bucket_path(text)
+    path = Path(text).absolute()
+    checkpoint.wait(
+        path, on_wait=lambda: cli.say(f"waiting for another process that writes {path}")
+    )
+    return path
+
+
+def _existing(target: Any, parts: list[str], dtype: str | None) -> str | None:
+    """The dtype of the checkpoint that the parts are to be added to, if there is one."""
+    if target is None or not checkpoint.is_checkpoint(target):
+        if target is not None and isinstance(target, Path):
+            checkpoint.check_free(target)
+        return None
+    if not isinstance(target, Path):
+        raise ValueError(f"--dst {target} is there already; parts are added to local folders only")
+    manifest = checkpoint.read_manifest(target)
+    both = [part for part in parts if part in manifest["parts"]]
+    if both:
+        raise ValueError(f"--dst {target} has {', '.join(both)} already; give another name")
+    if dtype not in (None, manifest["dtype"]):
+        raise ValueError(f"--dtype is {dtype}; --dst {target} is of {manifest['dtype']}")
+    return str(manifest["dtype"])
+
+
+def _describe(folder: Folder, dtype: str) -> None:
+    """Check every name, shape and stored dtype, and say what there is."""
+    plans = checkpoint.plan(folder, dtype)
+    for part, items in plans.items():
+        source = folder.sources[part]
+        tensors = sum(len(item.sources) for item in items)
+        kinds = sorted({kind for _, kind in source.reader.shapes().values()})
+        cli.say(
+            f"{part}: {tensors} tensors ({source.naming} names, {', '.join(kinds)}) -> "
+            f"{len(items)} arrays, {checkpoint.nbytes({part: items}) / 1e9:.2f} GB"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, advice="nothing of it is at --dst; the same command starts anew")
