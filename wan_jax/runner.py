@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 import wan_jax
-from wan_jax import facts, labels, loading, media, noise, pipeline, resume
+from wan_jax import labels, loading, machine, media, noise, pipeline, resume
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.jobs import Plan
 from wan_jax.outputs import Job, record_path
@@ -86,7 +86,7 @@ def _make(
     record = _record(values, wan, run.job)
 
     def described() -> dict[str, Any]:
-        record.update(seconds=report.lap(), peak_memory_bytes=facts.peak_bytes())
+        record.update(seconds=report.lap(), peak_memory_bytes=machine.peak_bytes())
         return record
 
     raw = job.output.suffix.lower() == ".npz"
@@ -170,7 +170,7 @@ class _Run:
 
 
 def _made_by() -> dict[str, Any]:
-    return {"versions": facts.versions(), "device": facts.device(), "xla": facts.xla_flags()}
+    return {"versions": machine.versions(), "device": machine.device(), "xla": machine.xla_flags()}
 
 
 @contextlib.contextmanager

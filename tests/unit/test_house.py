@@ -37,7 +37,7 @@ ORDER = (
     {"loading"},
     {"__init__"},
     {"cli"},
-    {"resume", "facts", "outputs"},
+    {"resume", "machine", "outputs"},
     {"jobs"},
     {"runner"},
 )

@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import wan_jax
 from tests.unit import fake_gcs, fake_hub
-from wan_jax.weights import remote
-from wan_jax.weights.sources import open_folder
+from tests.unit.conftest import TINY
+from tests.unit.test_cli import ROOT, parse
+from wan_jax import jobs, loading
+from wan_jax.weights import remote, trees
+from wan_jax.weights.sources import PARTS, open_folder
 
 ID = "organisation/tiny-model"
 GB = 10**9
@@ -497,3 +501,111 @@ def test_an_upload_that_stops_leaves_what_another_host_has_finished(
     with pytest.raises(ValueError, match=r"^gs://bucket/whole may not be used"):
         remote.upload_folder(converted[0], "gs://bucket/whole", last="manifest.json")
     assert set(gcs.buckets["bucket"]) == whole
+
+
+# load() and the scripts.
+
+PLAIN: dict[str, Any] = {"offload": True}
+
+
+def same(wan: wan_jax.Wan, arrays: dict[str, np.ndarray]) -> None:
+    found = {
+        f"{part}.{name}": np.asarray(leaf)
+        for part in PARTS
+        for name, leaf in trees.flatten(wan.network(part)).items()
+    }
+    assert found.keys() == arrays.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+
+
+@pytest.fixture
+def expected(source: Path, tmp_path: Path) -> dict[str, np.ndarray]:
+    """The arrays of `source`, converted as any folder is."""
+    wan = wan_jax.load(source, cache_dir=tmp_path / "plain", **PLAIN)
+    return {
+        f"{part}.{name}": np.asarray(leaf)
+        for part in PARTS
+        for name, leaf in trees.flatten(wan.network(part)).items()
+    }
+
+
+def test_load_takes_a_hub_id(
+    hub: fake_hub.FakeHub, expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    wan = wan_jax.load(ID, cache_dir=tmp_path / "cache", notify=said.append, **PLAIN)
+    same(wan, expected)
+    assert [text.split()[0] for text in said] == ["downloading", "converting"]
+    said.clear()
+    same(wan_jax.load(ID, cache_dir=tmp_path / "cache", notify=said.append, **PLAIN), expected)
+    assert not said
+
+
+def test_wrong_flags_are_said_before_a_download(
+    hub: fake_hub.FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = parse("--ckpt_dir", ID, "--frame_num", "80")
+    with pytest.raises(ValueError, match="--frame_num is 80"):
+        jobs.plan(values, ROOT / "configs")
+    assert not hub.requests
+    values = parse("--ckpt_dir", "organisation/nothing")
+    with pytest.raises(ValueError, match=r"--ckpt_dir organisation/nothing: .* neither a folder"):
+        jobs.plan(values, ROOT / "configs")
+    (job,) = jobs.plan(parse("--ckpt_dir", ID), ROOT / "configs").jobs
+    assert job.settings["frames"] == 5
+    assert job.output.name.startswith("tiny-model_32*16_1_1_")
+
+
+def test_load_takes_pytorch_files_in_a_bucket(
+    gcs: fake_gcs.FakeGCS, source: Path, expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    fill(gcs, source, "tiny")
+    told: list[str] = []
+    wan = wan_jax.load(
+        "gs://bucket/tiny",
+        cache_dir=tmp_path / "cache",
+        callback=lambda progress: told.append(progress.stage),
+        **PLAIN,
+    )
+    same(wan, expected)
+    assert {"download", "convert"} <= set(told)
+
+
+def test_a_cache_in_a_bucket_serves_every_machine(
+    gcs: fake_gcs.FakeGCS,
+    source: Path,
+    expected: dict[str, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    said: list[str] = []
+    for _ in range(2):
+        same(wan_jax.load(source, cache_dir="gs://bucket/c", notify=said.append, **PLAIN), expected)
+    assert len(said) == 1
+    assert said[0].startswith(f"converting {source} once into gs://bucket/c/source-bfloat16-")
+    assert not list((tmp_path / "home").rglob("*.json"))  # nothing stays on this machine
+    (folder,) = {str(path.parent) for path in remote.bucket_path("gs://bucket/c").glob("*/*.json")}
+    same(wan_jax.load(folder, **PLAIN), expected)
+    assert loading.read_config(loading.fetch(folder)) == TINY
+
+
+def test_to_orbax_writes_into_a_bucket(
+    gcs: fake_gcs.FakeGCS,
+    source: Path,
+    expected: dict[str, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    target = remote.bucket_path("gs://bucket/out")
+    loading.convert(open_folder(source), target, dtype="bfloat16")
+    same(wan_jax.load("gs://bucket/out", **PLAIN), expected)
+    with pytest.raises(ValueError, match=r"gs://bucket/none"):
+        wan_jax.load("gs://bucket/none", cache_dir=tmp_path / "cache")
+    for name in [name for name in gcs.objects("bucket") if "/dit/" in name and "/d/" in name]:
+        del gcs.objects("bucket")[name]
+    with pytest.raises(ValueError, match=r"gs://bucket/out/dit is not a whole Orbax checkpoint"):
+        wan_jax.load("gs://bucket/out", **PLAIN).network("dit")
