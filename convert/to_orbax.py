@@ -8,10 +8,14 @@ the --parts. Names, shapes and dtypes are checked before the first tensor is rea
 there. --dst appears when it is whole, so an interrupted run leaves nothing.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout's own wan_jax, as for run_*.py
 
 from wan_jax import cli, loading
 from wan_jax.weights import checkpoint, remote
@@ -39,6 +43,8 @@ def main(values: flags.FlagValues) -> None:
     wrong = sorted(set(values.parts) - set(PARTS))
     if wrong or not values.parts:
         raise ValueError(f"--parts has {wrong}; some of {', '.join(PARTS)} are needed")
+    # What is only read and written must not take a GPU or TPU.
+    jax.config.update("jax_platforms", "cpu")
     parts = [part for part in PARTS if part in values.parts]
     target = _target(values.dst) if values.dst else None
     before = _existing(target, parts, values.dtype)

@@ -146,7 +146,7 @@ class Reporter:
 
     def __call__(self, progress: Progress) -> None:
         if progress.done == 0 or self._bar is None:
-            in_bytes = progress.stage in ("convert", "download", "export")
+            in_bytes = progress.stage in ("convert", "download", "upload", "export")
             self._bar = tqdm(
                 total=progress.total,
                 initial=progress.done,

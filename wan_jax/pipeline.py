@@ -35,10 +35,10 @@ DECODE_CHUNK = 2
 class Progress(NamedTuple):
     """What a callback is told: `done` of `total` parts of a stage are finished.
 
-    stage: "convert" (in bytes), "load", "encode", "denoise" or "decode"; the first report of each
-    has done = 0 or, where a run is resumed, the steps done before. latents: float32 [b, t, h, w, c]
-    after a denoising step, else None. carry: then also where the solver stands, in buffers that the
-    next step reuses: copy what is kept.
+    stage: "load", "encode", "denoise", "decode" or, in bytes, "download", "convert", "upload",
+    "export"; the first report of each has done = 0 or, where a run is taken up, the steps before.
+    latents: float32 [b, t, h, w, c] after a denoising step, else None. carry: then also where the
+    solver stands, in buffers that the next step reuses: copy what is kept.
     """
 
     stage: str

@@ -69,12 +69,17 @@ def _start(values: flags.FlagValues) -> None:
         raise RuntimeError(
             f"JAX_PLATFORMS={named} has no device that starts here: {error}"
         ) from None
-    if jax.default_backend() != "cpu" and jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.default_backend() != "cpu" and not _cache_chosen():
         # Programs are kept: the next run starts in seconds and, as what was tuned by timing is kept
         # with them, gives the same bits.
         cache = Path(values.cache_dir) if values.cache_dir else loading.default_cache_dir()
         jax.config.update("jax_compilation_cache_dir", str(cache / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _cache_chosen() -> bool:
+    """Whether the user has said where JAX keeps compiled programs."""
+    return bool(getattr(jax.config, "jax_compilation_cache_dir", None))
 
 
 def _make(

@@ -78,6 +78,11 @@ def _assert_same(reader: PthReader, state: Mapping[str, torch.Tensor]) -> None:
 
 def test_every_tensor_is_what_torch_wrote(kind: str, tmp_path: Path) -> None:
     state = _state()
+    if not kind.startswith("zip"):
+        file = _save(tmp_path / "a.pth", state, kind=kind)
+        with pytest.raises(ValueError, match=r"a\.pth.*float16 and bfloat16 and no checksums"):
+            PthReader(file)
+        del state["half"]
     _assert_same(PthReader(_save(tmp_path / "a.pth", state, kind=kind)), state)
 
 
@@ -203,3 +208,22 @@ def test_the_original_layout_gives_the_same_networks(tmp_path: Path) -> None:
         for name, array in trees.flatten(one.network(part)).items():
             assert array.dtype == theirs[name].dtype
             np.testing.assert_array_equal(np.asarray(array), np.asarray(theirs[name]))
+
+
+def test_a_file_given_by_itself(tmp_path: Path) -> None:
+    """Also under the prefix that wrapper nodes give the VAE."""
+    miniature.write(tmp_path / "diffusers")
+    _original_layout(tmp_path / "diffusers", tmp_path / "original")
+    file = tmp_path / "original" / sources.VAE_PTH
+    one = sources.open_folder(file, ("vae",))
+    state = torch.load(file, weights_only=True)
+    other = tmp_path / "other.pth"
+    torch.save({f"model.{name}": tensor for name, tensor in state.items()}, other)
+    two = sources.open_folder(other, ("vae",))
+    assert one.sources["vae"].config == two.sources["vae"].config
+    readers = [folder.sources["vae"].reader for folder in (one, two)]
+    assert readers[0].shapes() == readers[1].shapes()
+    for name in state:
+        np.testing.assert_array_equal(*(reader.read(name) for reader in readers))
+    with pytest.raises(ValueError, match=r"other\.pth holds no UMT5 of Wan2\.1; .*those of VAE$"):
+        sources.open_folder(other, ("umt5",))

@@ -243,6 +243,18 @@ def _mixture(path: Path, state: Checkpoint) -> Path:
     return path
 
 
+def _variant(path: Path, state: Checkpoint) -> Path:
+    """As diffusers names what it saves as a variant."""
+    _bare_diffusers(path, state)
+    file = path / DIFFUSERS["dit"]
+    file.unlink()
+    index = _shard(
+        file.with_name("diffusion_pytorch_model.fp16.safetensors"), state["dit", "diffusers"]
+    )
+    index.rename(file.with_name("diffusion_pytorch_model.safetensors.index.fp16.json"))
+    return path
+
+
 def _tied(path: Path, state: Checkpoint) -> Path:
     """The embedding under its second name, and under both."""
     _bare_diffusers(path, state)
@@ -255,7 +267,8 @@ def _tied(path: Path, state: Checkpoint) -> Path:
 Layout = Callable[[Path, Checkpoint], Path]
 LAYOUTS: tuple[Layout, ...] = (
     _original, _with_config, _sharded, _bare_diffusers, _crossed, _crossed_original, _comfy,
-    _comfy_prefixed, _flat, _one_file, _one_file_other, _one_file_bare_dit, _mixture, _tied,
+    _comfy_prefixed, _flat, _one_file, _one_file_other, _one_file_bare_dit, _mixture, _variant,
+    _tied,
 )  # fmt: skip
 
 
@@ -333,6 +346,8 @@ def test_only_the_parts_asked_for(folder: Path, state: Checkpoint) -> None:
         assert (one.defaults is not None) == (part == "dit")
         with pytest.raises(ValueError, match=r"all\.safetensors was opened without \['"):
             _ = one.config
+    with pytest.raises(ValueError, match=r"no parts \['clip'\]; it has \['dit', 'vae', 'umt5'\]"):
+        open_folder(path, ("dit", "clip"))
     shutil.rmtree(folder / "tokenizer")
     assert open_folder(path, ("dit", "vae")).tokenizer is None
     with pytest.raises(ValueError, match=r"all\.safetensors has no tokenizer/ and no google/"):
@@ -420,6 +435,35 @@ def test_two_files_of_one_part(folder: Path, state: Checkpoint) -> None:
     shutil.copy(folder / "Wan2_1_VAE_fp32.safetensors", folder / "another.safetensors")
     _fails(folder, "has 2 files with a VAE: ['Wan2_1_VAE_fp32", "another.safetensors']")
     assert open_folder(folder / "another.safetensors", ("vae",))
+
+
+def test_t5_is_no_umt5(folder: Path, state: Checkpoint, arrays: dict[str, Tensors]) -> None:
+    """Of three layers, as it lies beside UMT5 in ComfyUI's folders."""
+    _comfy(folder, state)
+    umt5 = state["umt5", "diffusers"]
+    t5 = {
+        name.replace("block.0.", f"block.{i}."): array
+        for i in range(3)
+        for name, array in umt5.items()
+        if "block.1." not in name and (i == 0 or "relative" not in name)
+    }
+    file = _save(folder / "text_encoders" / "t5xxl_fp16.safetensors", t5)
+    assert_same(read(folder), arrays)
+    _fails(file, "t5xxl_fp16.safetensors holds no UMT5", parts=("umt5",))
+    (folder / COMFY["umt5"]).unlink()
+    _fails(folder, "has neither text_encoder/", parts=("umt5",))
+
+
+def test_a_folder_that_may_not_be_entered(
+    folder: Path, state: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _comfy(folder, state)
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    _fails(folder, str(folder), "cannot be read: [Errno 13] Permission denied")
 
 
 def test_a_broken_link(folder: Path, state: Checkpoint) -> None:

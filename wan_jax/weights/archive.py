@@ -20,7 +20,7 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 _DESCRIPTORS = (struct.Struct("<4s3I"), struct.Struct("<4sI2Q"))  # sizes of 4 bytes, or of 8
 _FULL = 2**32 - 1  # a number that stands in the zip64 field instead
 _LATE, _UTF8 = 0x8, 0x800  # flags: sizes follow the data; the name is UTF-8
-_MAX_DIRECTORY = 2**26  # bytes; a directory of the largest released file has about 100 KiB
+_MAX_DIRECTORY = 2**22  # bytes; an entry takes under 100, and a tensor is one entry
 
 
 class Entry(NamedTuple):

@@ -93,7 +93,10 @@ class _Bounded:
         return self._take(self._stream.read(min(size, self._left)))
 
     def readline(self) -> bytes:
-        return self._take(self._stream.readline(self._left))
+        line = self._take(self._stream.readline(self._left))
+        if b"\\" in line:  # the library would decode it, with warnings
+            raise ValueError("its pickle has a backslash in a name")
+        return line
 
 
 class _Machine:

@@ -166,7 +166,8 @@ def _check(tensors: Mapping[str, Tensor], places: Places, *, checked: bool) -> N
     checked: the zip has checksums, and so the pickle's numbers are those that were written: a
     tensor may be any part of its storage, also one that others have, as slices and tied weights
     are. Without checksums a slice cannot be told from a number that was damaged, and there the
-    tensors of a storage must fill it, each its own run (or the same run in the same way).
+    tensors of a storage must fill it, each its own run (or the same run in the same way). Nor can
+    the two types of 16 bits be told apart there, so a file has one of them.
     """
     users: dict[Storage, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -177,6 +178,8 @@ def _check(tensors: Mapping[str, Tensor], places: Places, *, checked: bool) -> N
         raise ValueError(f"the storages {unused[:3]} are used by no tensor")
     if len(set(keys)) != len(keys):
         raise ValueError("one storage has two types or lengths")
+    if not checked and {"float16", "bfloat16"} <= {storage.dtype for storage in users}:
+        raise ValueError("it has float16 and bfloat16 and no checksums; save it with a newer torch")
     for storage, group in users.items():
         first = show(next(iter(group)))
         if storage.key not in places:

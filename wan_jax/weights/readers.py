@@ -21,7 +21,8 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 _BITS = re.compile(r"[a-z]+(\d+)")
-_SUFFIX, _INDEX = ".safetensors", ".safetensors.index.json"
+_SUFFIX = ".safetensors"
+_INDEX = re.compile(r".*\.safetensors\.index(\.\w+)?\.json")  # diffusers adds a variant: fp16
 
 
 class FileReader(Protocol):
@@ -132,7 +133,7 @@ def list_safetensors(folder: Path) -> tuple[list[Path], list[Path]]:
         files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError as error:
         raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
-    indexes = [file for file in files if file.name.endswith(_INDEX)]
+    indexes = [file for file in files if _INDEX.fullmatch(file.name)]
     return indexes, [file for file in files if file.name.endswith(_SUFFIX)]
 
 

@@ -89,9 +89,19 @@ def find_claims(names: Collection[str]) -> dict[str, Claim]:
             for naming in NAMINGS
         }
         best = max(counts, key=lambda claim: counts[claim])
-        if counts[best] >= 2:
+        if counts[best] >= 2 and not _is_t5(names, best):
             claims[part] = best
     return claims
+
+
+def _is_t5(names: Collection[str], claim: Claim) -> bool:
+    """Whether these are T5's names: UMT5's but for position tables, of which only one is there.
+
+    Other models have T5 as their encoder, so ComfyUI's folders hold it beside UMT5.
+    """
+    layers = [f"{claim.prefix}encoder.block.{i}.layer.0.SelfAttention." for i in (1, 2, 3)]
+    tables = [f"{layer}relative_attention_bias.weight" in names for layer in layers]
+    return f"{layers[1]}q.weight" in names and not any(tables)
 
 
 def take(reader: FileReader, claims: Mapping[str, Claim], part: str) -> FileReader:

@@ -96,10 +96,16 @@ def open_folder(path: Path, parts: Sequence[str] = PARTS) -> Folder:
     file that holds every part asked for. Only headers are read. Raises ValueError naming what is
     missing and where it was looked for, or what is wrong with a file.
     """
-    search = Search(path)
-    sources = {part: _open(search, part) for part in parts}
-    tokenizer = _tokenizer(search, sources["umt5"]) if "umt5" in sources else None
-    defaults = _defaults(search.base, sources["dit"].config) if "dit" in sources else None
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"a checkpoint has no parts {unknown}; it has {list(PARTS)}")
+    try:
+        search = Search(path)
+        sources = {part: _open(search, part) for part in parts}
+        tokenizer = _tokenizer(search, sources["umt5"]) if "umt5" in sources else None
+        defaults = _defaults(search.base, sources["dit"].config) if "dit" in sources else None
+    except OSError as error:  # such as a folder that may not be entered
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     return Folder(path, sources, tokenizer, defaults)
 
 

@@ -1,0 +1,399 @@
+"""A converted checkpoint written back as safetensors, in the original's files or in Diffusers'.
+
+The tables that convert a checkpoint are read backwards. A stacked parameter is in memory at a time,
+besides the tensors of the file that is being filled.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from safetensors.numpy import save_file
+
+from wan_jax.config import Defaults, DiTConfig, VAEConfig
+from wan_jax.weights import checkpoint, dit, rules, trees, umt5, vae
+from wan_jax.weights.checkpoint import OnBytes
+from wan_jax.weights.facts import one_line, read_json
+from wan_jax.weights.folders import check_space, wait_for_others, written_whole
+from wan_jax.weights.rules import Rule, Shape, Table
+from wan_jax.weights.sources import DEFAULTS_FILE, PARTS, PartConfig, abstract_part, part_table
+
+LAYOUTS = ("original", "diffusers")
+DTYPES = ("source", "float32", "bfloat16", "float16")
+MAX_SHARD = 5 * 10**9  # bytes, as in Diffusers and transformers
+_SPARE = 2**26  # bytes of disk beyond the tensors: the tokenizer, indices, JSON
+_GROUP_BYTES = 2**27  # small parameters are read together, up to this size
+_NAMINGS = {"original": "wan", "diffusers": "diffusers"}
+_TOKENIZERS = {"original": "google/umt5-xxl", "diffusers": "tokenizer"}
+_PLACES = {  # of the files, without what comes after the name of the first
+    "original": {
+        "dit": Path("diffusion_pytorch_model"),
+        "vae": Path("Wan2.1_VAE"),
+        "umt5": Path("models_t5_umt5-xxl-enc-bf16"),
+    },
+    "diffusers": {
+        "dit": Path("transformer/diffusion_pytorch_model"),
+        "vae": Path("vae/diffusion_pytorch_model"),
+        "umt5": Path("text_encoder/model"),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """One network of a checkpoint and what is written of it.
+
+    leaves: {target: shape and stored dtype}. kinds: {tensor name in the layout's naming: dtype to
+    write}. exact: where that dtype would lose anything, the stored one is written.
+    """
+
+    part: str
+    path: Path
+    config: PartConfig
+    table: Table
+    leaves: Mapping[str, np.ndarray]
+    kinds: Mapping[str, np.dtype]
+    naming: str
+    exact: bool
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """{tensor name: shape} of what is written."""
+        found: dict[str, Shape] = {}
+        for rule in self.table.rules:
+            shape = self.leaves[rule.target].shape
+            inner = rule.layout.source_shape(shape[1:] if rule.stacked else shape)
+            found |= dict.fromkeys(_names(rule, self.naming, shape), inner)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are written."""
+        return sum(math.prod(s) * self.kinds[n].itemsize for n, s in self.shapes.items())
+
+    def cast(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """The tensor in the dtype it is written in; ValueError if it holds more than that does."""
+        kind = self.kinds[name]
+        if kind == tensor.dtype:
+            return tensor
+        with np.errstate(over="ignore"):
+            cast = tensor.astype(kind)
+        if self.exact:
+            return cast if np.array_equal(cast.astype(tensor.dtype), tensor) else tensor
+        if not np.isfinite(cast).all():
+            raise ValueError(
+                f"dtype {kind.name} cannot hold {name} of the {self.part}, which goes up to "
+                f"{np.abs(tensor).max():.3g}; source, float32 or bfloat16 can"
+            )
+        return cast
+
+
+def _names(rule: Rule, naming: str, shape: Shape) -> list[str]:
+    """The tensors that a target of this shape is made of."""
+    name = rule.source(naming)
+    return [name.replace("{i}", str(i)) for i in range(shape[0])] if rule.stacked else [name]
+
+
+def write(
+    src: Path,
+    dst: Path,
+    *,
+    layout: str,
+    parts: Sequence[str] | None = None,
+    dtype: str = "source",
+    max_shard: int = MAX_SHARD,
+    on_bytes: OnBytes | None = None,
+) -> None:
+    """Write the checkpoint at `src` as PyTorch programs read it; `dst` appears when it is whole.
+
+    layout: one of LAYOUTS. parts: None writes all that are there. dtype: one of DTYPES; "source"
+    gives every tensor the dtype it had before it was converted, unless that would change what is
+    stored now. max_shard: bytes of a file; the original's VAE and text encoder are one file each,
+    whatever their size, for what reads them knows no shards. on_bytes(done, total) reports bytes of
+    the checkpoint. Raises ValueError, before anything is written, if `src` is no checkpoint or
+    lacks a part, `dst` exists, the disk is too small, or the layout has no place for a property of
+    a network.
+    """
+    if layout not in LAYOUTS or dtype not in DTYPES or max_shard < 1:
+        raise ValueError(
+            f"layout {layout!r}, dtype {dtype!r} and max_shard_size {max_shard} bytes were given; "
+            f"needed are one of {LAYOUTS}, one of {DTYPES} and a positive size"
+        )
+    wait_for_others(dst)
+    if dst.exists() or dst.is_symlink():
+        raise ValueError(f"dst {dst} exists already; give the name of a folder that does not")
+    chosen = _chosen(src, parts)
+    networks = {part: _open(src, part, layout=layout, dtype=dtype) for part in chosen}
+    configs = {part: _description(network, layout) for part, network in networks.items()}
+    others = _other_files(src, layout, chosen)
+    needed = sum(network.nbytes for network in networks.values()) + _SPARE
+    check_space(dst, needed, remedy="set dst to a folder on another disk")
+    with written_whole(dst, is_whole=lambda _: False) as work:
+        _write_networks(work, networks, layout=layout, max_shard=max_shard, on_bytes=on_bytes)
+        for part, values in configs.items():
+            if values is not None:
+                others[_PLACES[layout][part].with_name(checkpoint.CONFIG)] = values
+        for file, values in others.items():
+            _write_json(work / file, values)
+        if "umt5" in networks:
+            _copy_files(src / checkpoint.TOKENIZER, work / _TOKENIZERS[layout])
+
+
+def _chosen(src: Path, parts: Sequence[str] | None) -> list[str]:
+    """The parts to write, in their usual order."""
+    if not checkpoint.is_checkpoint(src):
+        raise ValueError(
+            f"src {src} is not a converted checkpoint; needed is a folder that convert/to_orbax.py "
+            f"wrote, with {checkpoint.CONFIG} and {checkpoint.MANIFEST}"
+        )
+    there = [part for part in PARTS if part in checkpoint.read_manifest(src)["parts"]]
+    wanted = there if parts is None else list(parts)
+    unknown = [part for part in wanted if part not in PARTS]
+    if unknown or not wanted:
+        raise ValueError(f"parts is {','.join(wanted)!r}; needed are some of {','.join(PARTS)}")
+    missing = [part for part in wanted if part not in there]
+    if missing:
+        raise ValueError(
+            f"parts has {','.join(missing)} and {src} has not; it has {','.join(there)}"
+        )
+    if "umt5" in wanted and not (src / checkpoint.TOKENIZER).is_dir():
+        raise ValueError(f"{src / checkpoint.TOKENIZER} is missing, which belongs to the umt5")
+    return [part for part in PARTS if part in wanted]
+
+
+def _open(src: Path, part: str, *, layout: str, dtype: str) -> _Network:
+    """What there is of a network; ValueError if its folder does not hold what config.json says."""
+    config = checkpoint.read_part_config(src, part)
+    targets = trees.flatten(abstract_part(config, jnp.dtype(jnp.float32)))
+    path, table, naming = (src / part).absolute(), part_table(config), _NAMINGS[layout]
+    try:
+        stored = dict(ocp.metadata(path).metadata)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole Orbax checkpoint: {one_line(error)}") from error
+    if {n: leaf.shape for n, leaf in stored.items()} != {n: t.shape for n, t in targets.items()}:
+        raise ValueError(f"{path} does not hold the arrays that {src / checkpoint.CONFIG} says")
+    # Arrays of one element that all indices share: only their shapes and dtypes are asked for.
+    leaves = {n: np.broadcast_to(np.zeros((), s.dtype), s.shape) for n, s in stored.items()}
+    entry = checkpoint.read_manifest(src)["parts"][part]
+    try:
+        kinds = _source_dtypes(table, leaves, entry, naming=naming)
+    except (AttributeError, KeyError, TypeError) as error:
+        file = src / checkpoint.MANIFEST
+        raise ValueError(f"{file} does not say what the {part} was: {one_line(error)}") from error
+    if dtype != "source":
+        kinds = dict.fromkeys(kinds, np.dtype(dtype))
+    return _Network(part, path, config, table, leaves, kinds, naming, exact=dtype == "source")
+
+
+def _source_dtypes(
+    table: Table, leaves: Mapping[str, np.ndarray], entry: Mapping[str, Any], *, naming: str
+) -> dict[str, np.dtype]:
+    """{tensor name in `naming`: dtype of its source}, from a network's entry in the manifest."""
+    # The entry has the source's own names, among them second names of tied tensors.
+    exceptions = {table.aliases.get(name, name): kind for name, kind in entry["dtypes"].items()}
+    kinds = {}
+    for rule in table.rules:
+        shape = leaves[rule.target].shape
+        sources = _names(rule, entry["naming"], shape)
+        for name, source in zip(_names(rule, naming, shape), sources, strict=True):
+            kinds[name] = np.dtype(exceptions.get(source, entry["dtype"]))
+    return kinds
+
+
+def _description(network: _Network, layout: str) -> dict[str, Any] | None:
+    """What config.json says about a network, None if it has none in this layout.
+
+    Raises ValueError for a network that would not be the same when it is read again.
+    """
+    config, shapes = network.config, network.shapes
+    values: dict[str, Any] | None = None
+    again: PartConfig
+    if isinstance(config, DiTConfig) and layout == "original":
+        values = dit.config_to_wan(config)
+        again = dit.config_from_wan(values, shapes)
+    elif isinstance(config, DiTConfig):
+        values = dit.config_to_diffusers(config)
+        again = dit.config_from_diffusers(values)
+    elif layout == "original":
+        read = vae.config_from_shapes if isinstance(config, VAEConfig) else umt5.config_from_shapes
+        again = read(shapes, "wan")
+    elif isinstance(config, VAEConfig):
+        values = vae.config_to_diffusers(config)
+        again = vae.config_from_diffusers(values)
+    else:
+        values = umt5.config_to_diffusers(config)
+        again = umt5.config_from_diffusers(values)
+    before, after = config.to_dict(), again.to_dict()
+    lost = [name for name in before if before[name] != after[name]]
+    if lost:
+        other = next(name for name in LAYOUTS if name != layout)
+        raise ValueError(
+            f"layout {layout} has no place for {', '.join(lost)} of the {network.part}, and "
+            f"readers take it for granted; use --layout {other}"
+        )
+    return values
+
+
+def _other_files(src: Path, layout: str, parts: Sequence[str]) -> dict[Path, dict[str, Any]]:
+    """{file: contents} of what belongs to the checkpoint as a whole.
+
+    A pipeline of Diffusers has all parts; without one of them there is none to describe.
+    """
+    if "dit" not in parts:
+        return {}
+    try:
+        defaults = Defaults.from_dict(read_json(src / checkpoint.CONFIG)["defaults"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{src / checkpoint.CONFIG} has no defaults: {one_line(error)}") from error
+    files: dict[Path, dict[str, Any]] = {Path(DEFAULTS_FILE): defaults.to_dict()}
+    if layout == "diffusers" and list(parts) == list(PARTS):
+        files[Path("model_index.json")] = {
+            "_class_name": "WanPipeline",
+            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+            "text_encoder": ["transformers", "UMT5EncoderModel"],
+            "tokenizer": ["transformers", _tokenizer_class(src / checkpoint.TOKENIZER)],
+            "transformer": ["diffusers", "WanTransformer3DModel"],
+            "vae": ["diffusers", "AutoencoderKLWan"],
+        }
+        # What diffusers' scripts/convert_wan_to_diffusers.py sets; the rest are its defaults.
+        files[Path("scheduler/scheduler_config.json")] = {
+            "_class_name": "UniPCMultistepScheduler",
+            "num_train_timesteps": 1000,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": defaults.shift,
+        }
+    return files
+
+
+def _tokenizer_class(folder: Path) -> str:
+    """The class of transformers that reads a tokenizer folder, named as releases 4 and 5 know it.
+
+    The released checkpoints' is T5TokenizerFast, in their model_index.json too.
+    """
+    file = folder / "tokenizer_config.json"
+    named = read_json(file).get("tokenizer_class") if file.is_file() else None
+    plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return "PreTrainedTokenizerFast" if plain else "T5TokenizerFast"
+
+
+def _write_networks(
+    work: Path,
+    networks: Mapping[str, _Network],
+    *,
+    layout: str,
+    max_shard: int,
+    on_bytes: OnBytes | None,
+) -> None:
+    sizes = [leaf.nbytes for network in networks.values() for leaf in network.leaves.values()]
+    total, done = sum(sizes), 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_bytes is not None:
+            on_bytes(min(done, total - 1), total)
+
+    progress(0)
+    for part, network in networks.items():
+        limit = None if layout == "original" and part != "dit" else max_shard
+        _save(work / _PLACES[layout][part], _tensors(network, progress), limit=limit)
+    if on_bytes is not None:
+        on_bytes(total, total)
+
+
+def _tensors(
+    network: _Network, progress: Callable[[int], None]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, tensor); progress is called with the bytes of each in the checkpoint."""
+    table = network.table.rules
+    starts = itertools.accumulate((network.leaves[r.target].nbytes for r in table), initial=0)
+    pairs = zip(table, starts)
+    for _, group in itertools.groupby(pairs, key=lambda pair: pair[1] // _GROUP_BYTES):
+        todo = [rule for rule, _ in group]
+        arrays = _load(network, [rule.target for rule in todo])
+        for rule in todo:
+            # Handed over, so that it is gone before the next is read, which takes twice its size.
+            yield from _unstack(network, rule, arrays.pop(rule.target), progress)
+
+
+def _load(network: _Network, targets: Sequence[str]) -> dict[str, np.ndarray]:
+    """Some of a network's arrays, on the host."""
+    wanted = {
+        name: leaf if name in targets else ocp.PLACEHOLDER for name, leaf in network.leaves.items()
+    }
+    try:
+        arrays = ocp.load(network.path, wanted)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{network.path} is not a whole Orbax checkpoint: {one_line(error)}"
+        ) from error
+    return {name: arrays[name] for name in targets}
+
+
+def _unstack(
+    network: _Network, rule: Rule, array: np.ndarray, progress: Callable[[int], None]
+) -> Iterator[tuple[str, np.ndarray]]:
+    one = rules.export(Table((rule,)), {rule.target: array}, naming=network.naming)
+    del array
+    for name, tensor in one:
+        yield name, network.cast(name, tensor)
+        progress(tensor.nbytes)
+
+
+def _save(place: Path, tensors: Iterator[tuple[str, np.ndarray]], *, limit: int | None) -> None:
+    """Write tensors to one file, or to several of at most `limit` bytes and an index of them.
+
+    place: the file without the end of its name, which is as Hugging Face's libraries have it. A
+    tensor that is larger has a file to itself.
+    """
+    place.parent.mkdir(exist_ok=True)
+    files: list[list[str]] = []
+    shard: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush() -> None:
+        # Named when their number is known.
+        save_file(shard, place.with_name(f"{len(files)}.part"), metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and limit is not None and size + tensor.nbytes > limit:
+            flush()
+            size = 0
+        shard[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    where: dict[str, str] = {}
+    for i, names in enumerate(files):
+        suffix = f"-{i + 1:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        file = place.with_name(f"{place.name}{suffix}.safetensors")
+        place.with_name(f"{i}.part").rename(file)
+        file.chmod(0o644)  # the library lets only the owner read it
+        where |= dict.fromkeys(names, file.name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        _write_json(place.with_name(f"{place.name}.safetensors.index.json"), index)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Contents only: what is read-only in the checkpoint need not be in the copy."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
