@@ -149,7 +149,7 @@ def inspect(dst: Path) -> dict[str, Any]:
         for load in wan.loaders.values():  # one network in memory at a time
             count += sum(leaf.size for leaf in jax.tree.leaves(load()))
     except ValueError as error:
-        return found | {"refused": str(error)}
+        return found | {"refused": str(error).replace(str(dst), "DST")}
     return found | {"parameters": count}
 
 

@@ -63,8 +63,8 @@ def report(value: dict[str, Any]) -> None:
 
 def save(name: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Path:
     """Write results/NAME.json with the rows, the device, the versions and the command."""
-    RESULTS.mkdir(exist_ok=True)
     path = Path(os.environ.get("WAN_JAX_RESULTS", RESULTS)) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", *sys.argv])
     path.write_text(
         json.dumps({"command": command, **facts, "versions": versions(), "rows": rows}, indent=2)

@@ -5,6 +5,7 @@ That the tensors are right is in tests/parity.
 
 import collections
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -294,6 +295,8 @@ def test_a_config_of_another_network(src: Path, dst: Path) -> None:
     _refused(src, dst, r"src/dit does not hold the arrays that .*config\.json says")
 
 
+# Orbax drops the reads that follow a failed one.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_lost_arrays(src: Path, dst: Path) -> None:
     for folder in (src / "vae").rglob("d"):
         shutil.rmtree(folder)
@@ -301,6 +304,7 @@ def test_lost_arrays(src: Path, dst: Path) -> None:
     _refused(src, dst, "src/vae is not a whole Orbax checkpoint")
     shutil.rmtree(src / "vae")
     _refused(src, dst, "src/vae is not a whole Orbax checkpoint")
+    gc.collect()
 
 
 def test_a_lost_tokenizer(src: Path, dst: Path) -> None:

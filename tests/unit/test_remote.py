@@ -1,6 +1,7 @@
 """Checkpoints from the hub and from buckets, against servers that live in this process."""
 
 import collections
+import gc
 import importlib.util
 import logging
 import os
@@ -592,7 +593,9 @@ def test_a_cache_in_a_bucket_serves_every_machine(
     assert loading.read_config(loading.fetch(folder)) == TINY
 
 
-def test_to_orbax_writes_into_a_bucket(
+# Orbax drops the reads that follow a failed one.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_conversion_goes_into_a_bucket(
     gcs: fake_gcs.FakeGCS,
     source: Path,
     expected: dict[str, np.ndarray],
@@ -609,3 +612,4 @@ def test_to_orbax_writes_into_a_bucket(
         del gcs.objects("bucket")[name]
     with pytest.raises(ValueError, match=r"gs://bucket/out/dit is not a whole Orbax checkpoint"):
         wan_jax.load("gs://bucket/out", **PLAIN).network("dit")
+    gc.collect()
