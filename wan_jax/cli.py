@@ -17,7 +17,8 @@ from wan_jax.pipeline import Progress
 from wan_jax.sampler import DivergedError
 from wan_jax.schedulers import SOLVERS
 
-_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_WORDS = dict.fromkeys(("true", "yes", "t", "y", "1"), True)
+_WORDS |= dict.fromkeys(("false", "no", "f", "n", "0"), False)
 _LINE = 1000  # characters of an error that are shown; XLA's go on for pages
 
 
@@ -26,6 +27,7 @@ class Stopped(BaseException):
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
+        self.signum = signum
         self.status = 128 + signum
 
 
@@ -102,7 +104,9 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
 
     def guarded(_: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells its own story at INFO
-        signal.signal(signal.SIGTERM, _terminated)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _terminated)
         more = f"; {advice}" if advice else ""
         try:
             main(flags.FLAGS)

@@ -4,7 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import datetime
-import json
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,26 +14,13 @@ from typing import Any
 from absl import flags
 
 from wan_jax import loading, media, noise_file, outputs
-from wan_jax.cli import say
+from wan_jax.cli import Reporter, say
 from wan_jax.config import RELEASED, T2V_14B, WanConfig
 from wan_jax.outputs import Job
+from wan_jax.prompts import FLAG_OF, Entry, entries, parse_size
 from wan_jax.request import Request, make_request
 from wan_jax.weights import remote
 
-# Arguments of the library whose flag has another name; errors name the flag.
-_FLAG_OF = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "size": "size",
-    "frames": "frame_num",
-    "steps": "sample_steps",
-    "shift": "sample_shift",
-    "solver": "sample_solver",
-    "guidance": "sample_guide_scale",
-    "seed": "base_seed",
-    "num_videos": "num_videos",
-}
-_PROMPT = "Two anthropomorphic cats in boxing gear fight on a spotlit stage."
 _DEFAULTS = ("negative_prompt", "size", "frames", "steps", "shift", "guidance", "solver")
 
 
@@ -47,14 +34,6 @@ class Plan:
     skipped: tuple[Path, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """A prompt with the settings of its own; where: what errors about it name, "" for the flags."""
-
-    where: str
-    values: dict[str, Any]
-
-
 def plan(values: flags.FlagValues, configs: Path) -> Plan:
     """Check every flag against the checkpoint before anything slow starts.
 
@@ -63,27 +42,52 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
     """
     _check_unsupported(values)
     settings = _settings(values, configs)
-    entries = _entries(values)
+    found = entries(values)
+    for flag, folder in (("resume_dir", values.resume_dir), ("cache_dir", values.cache_dir)):
+        if folder is not None and not (flag == "cache_dir" and remote.is_bucket(folder)):
+            _check_writable(flag, Path(folder))
     path = values.ckpt_dir
-    if path is not None and not Path(path).exists() and remote.is_hub_id(path):
+    if path is not None and not Path(path).exists():  # elsewhere, if anywhere
+        # What is wrong in any case is said before gigabytes are downloaded.
         likely = RELEASED.get((values.task or "").replace("t2i", "t2v"), T2V_14B)
-        for entry in entries:  # what is wrong in any case, before gigabytes are downloaded
-            _request(likely, values, settings, entry)
-    source: Path | None = None
+        _placed(values, _all_jobs(values, likely, settings, found), digest=None)
+    source, digest = None, None
     with _naming("ckpt_dir", path):
-        source = (
-            None if path is None else loading.fetch(path, cache_dir=values.cache_dir, notify=say)
-        )
+        if path is not None:
+            source = loading.fetch(
+                path, cache_dir=values.cache_dir, callback=Reporter(), notify=say
+            )
         config = loading.read_config(source)
-    jobs = [
-        job
-        for entry in entries
-        for job in _jobs(values, entry, *_request(config, values, settings, entry))
-    ]
-    if values.resume_dir is not None:
-        _check_writable("resume_dir", Path(values.resume_dir))
-    placed, skipped = _placed(values, jobs)
+        if values.skip_existing:
+            digest = loading.known_digest(source, dtype=values.dtype, cache_dir=values.cache_dir)
+    jobs = _all_jobs(values, config, settings, found)
+    _warn(settings, jobs)
+    placed, skipped = _placed(values, jobs, digest=digest)
     return Plan(source, config, tuple(placed), tuple(skipped))
+
+
+def _all_jobs(
+    values: flags.FlagValues,
+    config: WanConfig,
+    settings: Mapping[str, Any],
+    found: Sequence[Entry],
+) -> list[Job]:
+    jobs: list[Job] = []
+    for number, entry in enumerate(found):
+        request, arguments = _request(config, values, settings, entry)
+        for job in _jobs(values, entry, request, arguments):
+            same = sum(job.wanted == other.wanted for other in jobs)
+            jobs.append(dataclasses.replace(job, prompt=number, copy=same))
+    return jobs
+
+
+def _warn(settings: Mapping[str, Any], jobs: Sequence[Job]) -> None:
+    """Say once which sizes are none that the model was made for."""
+    sizes = settings.get("sizes")
+    listed = ", ".join(f"{w}*{h}" for w, h in sizes or ())
+    for size in sorted({tuple(job.settings["size"]) for job in jobs}):
+        if sizes and size not in sizes:
+            say(f"warning: size {size[0]}*{size[1]} is not one this model was made for: {listed}")
 
 
 @contextlib.contextmanager
@@ -152,73 +156,11 @@ def _settings(values: flags.FlagValues, configs: Path) -> dict[str, Any]:
     return {} if values.config is None else read_settings(Path(values.config))
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) of a size like 832*480; ValueError naming the flag."""
-    parts = text.split("*")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--size is {text!r}; width*height is needed, such as 832*480")
-    return int(parts[0]), int(parts[1])
-
-
-# Prompts
-
-
-def _entries(values: flags.FlagValues) -> list[_Entry]:
-    if values.prompts_file is None:
-        return [_Entry("", {"prompt": text}) for text in values.prompt or [_PROMPT]]
-    if values.prompt:
-        raise ValueError("--prompt and --prompts_file are both given; need one")
-    if values.noise_file is not None:
-        raise ValueError("--noise_file is for one prompt; --prompts_file is for several")
-    return read_prompts(Path(values.prompts_file))
-
-
-def read_prompts(path: Path) -> list[_Entry]:
-    """The prompts of a file, a line each: text, or a JSON object with settings of its own.
-
-    Raises ValueError naming the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts_file {path} cannot be read: {error}") from error
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"--prompts_file {path} line {number}"
-            entries.append(_Entry(where, _parse_line(line.strip(), where)))
-    if not entries:
-        raise ValueError(f"--prompts_file {path} has no line with a prompt")
-    return entries
-
-
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    if not line.startswith("{"):
-        return {"prompt": line}
-    try:
-        values: dict[str, Any] = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not a JSON object: {error}") from error
-    known = [*_FLAG_OF, "save_file"]
-    unknown = sorted(set(values) - set(known))
-    if unknown or "prompt" not in values:
-        wrong = f"has unknown keys {unknown}" if unknown else 'has no "prompt"'
-        raise ValueError(f"{where} {wrong}; known: {known}")
-    if isinstance(values.get("size"), str):
-        try:
-            values["size"] = parse_size(values["size"])
-        except ValueError as error:
-            raise ValueError(f"{where}: {str(error).removeprefix('--')}") from error
-    if not isinstance(values.get("save_file", ""), str):
-        raise ValueError(f"{where}: save_file is {values['save_file']!r}; a path is needed")
-    return values
-
-
 # Requests
 
 
 def _request(
-    config: WanConfig, values: flags.FlagValues, settings: Mapping[str, Any], entry: _Entry
+    config: WanConfig, values: flags.FlagValues, settings: Mapping[str, Any], entry: Entry
 ) -> tuple[Request, dict[str, Any]]:
     """The request of a prompt and the arguments that make it, every default filled in."""
     given = {
@@ -232,7 +174,7 @@ def _request(
     }
     if values.base_seed < -1:
         raise ValueError(f"--base_seed is {values.base_seed}; 0 or more is needed, or -1 for any")
-    own = {k: v for k, v in entry.values.items() if v is not None and k != "save_file"}
+    own = {k: v for k, v in entry.values.items() if k != "save_file"}
     arguments: dict[str, Any] = {"num_videos": values.num_videos}
     if values.base_seed != -1:
         arguments["seed"] = values.base_seed
@@ -243,15 +185,15 @@ def _request(
     try:
         request = make_request(config, **arguments)
     except ValueError as error:
-        text = f"{entry.where}: {error}" if entry.where else _name_flag(str(error))
-        raise ValueError(text) from error
+        name = str(error).split(" ", 1)[0].split("=", 1)[0]
+        if name in own and entry.where:
+            raise ValueError(f"{entry.where}: {error}") from error
+        if given.get(name) is None and name in settings:
+            raise ValueError(f"--config {values.config}: {error}") from error
+        raise ValueError(_name_flag(str(error))) from error
     if request.latent_shape[0] != 1 and (values.task or "").startswith("t2i"):
         name = f"{entry.where}: frames" if "frames" in own else "--frame_num"
         raise ValueError(f"{name} is {arguments['frames']}; --task {values.task} makes 1")
-    sizes, size = settings.get("sizes"), tuple(arguments["size"])
-    if sizes and size not in sizes:
-        listed = ", ".join(f"{w}*{h}" for w, h in sizes)
-        say(f"warning: size {size[0]}*{size[1]} is not one this model was made for: {listed}")
     return request, arguments
 
 
@@ -259,21 +201,23 @@ def _name_flag(message: str) -> str:
     """A library's "steps is 0; ..." as "--sample_steps is 0; ..."."""
     name, rest = message.split(" ", 1)
     name, equals, value = name.partition("=")
-    return f"--{_FLAG_OF[name]}{equals}{value} {rest}" if name in _FLAG_OF else message
+    return f"--{FLAG_OF[name]}{equals}{value} {rest}" if name in FLAG_OF else message
 
 
 def _jobs(
     values: flags.FlagValues,
-    entry: _Entry,
+    entry: Entry,
     request: Request,
     arguments: Mapping[str, Any],
 ) -> Iterator[Job]:
     """The videos of one prompt; their outputs are placed later."""
-    seed = request.seed if "seed" in arguments else secrets.randbits(63)
-    given = None
+    given, digest = None, None
     if values.noise_file is not None:
         with _naming("noise_file", values.noise_file):
             given = noise_file.load_noise(values.noise_file, shape=request.noise_shape)
+            digest = hashlib.sha256(given.tobytes()).hexdigest()
+    drawn = "seed" not in arguments and given is None
+    seed = secrets.randbits(63) if drawn else request.seed
     settings = {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative,
@@ -284,37 +228,46 @@ def _jobs(
         "guidance": request.guidance,
         "solver": request.schedule.solver,
         "dtype": values.dtype,
-        "checkpoint": values.ckpt_dir,
-        "noise_file": values.noise_file,
+        "noise_sha256": digest,
+        "seed": None if given is not None else seed,
     }
     for k in range(request.num_videos):
         yield Job(
             request=request._replace(seed=seed, num_videos=1),
             noise=None if given is None else given[k : k + 1],
-            seed_drawn="seed" not in arguments,
-            settings=settings | {"seed": seed, "video": k},
+            seed_drawn=drawn,
+            settings=settings | {"video": k},
             videos=request.num_videos,
             save_file=entry.values.get("save_file"),
         )
 
 
-def _placed(values: flags.FlagValues, jobs: Sequence[Job]) -> tuple[list[Job], list[Path]]:
+def _placed(
+    values: flags.FlagValues, jobs: Sequence[Job], *, digest: str | None
+) -> tuple[list[Job], list[Path]]:
     """The jobs to run, each with its output, and the outputs of those that are skipped."""
     now = datetime.datetime.now()
     taken: set[Path] = set()
     placed, skipped = [], []
+    seeds: dict[int, int] = {}  # drawn before, for videos of the same prompt
     for number, job in enumerate(jobs):
-        place = outputs.place(values, job, number=number, total=len(jobs), now=now, taken=taken)
-        found = outputs.finished(place, job, taken) if values.skip_existing else None
+        with _naming("save_file", job.save_file or values.save_file or "by default"):
+            where = outputs.place(values, job, number=number, total=len(jobs), now=now, taken=taken)
+            frames, size = job.settings["frames"], tuple(job.settings["size"])
+            media.check_output(where.path, frames, size=size)
+            outputs.check_record(where.path, frames)
+        target = outputs.target(where.path, frames)
+        found = None
+        if values.skip_existing:
+            found = outputs.finished(where, job, taken, checkpoint=values.ckpt_dir, digest=digest)
         if found is not None:
-            taken.add(found)
-            skipped.append(found)
+            taken.add(found.target)
+            skipped.append(found.path)
+            if job.seed_drawn and found.seed is not None:
+                seeds[job.prompt] = found.seed
             continue
-        if place.path in taken:
-            raise ValueError(f"--save_file {place.path} would hold two videos; it can hold one")
-        taken.add(place.path)
-        with _naming("save_file", place.path):
-            size = tuple(job.settings["size"])
-            media.check_output(place.path, job.settings["frames"], size=size)
-        placed.append(dataclasses.replace(job, output=place.path))
-    return placed, skipped
+        if target in taken:
+            raise ValueError(f"--save_file {where.path} would hold two videos; it can hold one")
+        taken.add(target)
+        placed.append(dataclasses.replace(job, output=where.path))
+    return [job.with_seed(seeds.get(job.prompt)) for job in placed], skipped

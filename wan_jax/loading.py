@@ -110,6 +110,8 @@ def fetch(
     ValueError naming what is wrong with the path.
     """
     text, say = os.fspath(path), notify or (lambda _: None)
+    if not text:
+        raise ValueError("the path is empty; a folder, a hub id or a gs:// path is needed")
     if remote.is_bucket(text):
         place = remote.bucket_path(text)
         with remote.bucket_errors(text):
@@ -172,6 +174,11 @@ def convert(
         remote.upload_folder(local, str(target), last=checkpoint.MANIFEST, callback=upload)
 
 
+def programs_dir(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where compiled programs are kept, on this machine."""
+    return _local(_cache(cache_dir)) / "programs"
+
+
 def _local(cache: Any) -> Path:
     """The cache, or where it lies in a bucket the default one, for what must be on this machine."""
     return cache if isinstance(cache, Path) else default_cache_dir().absolute()
@@ -199,7 +206,7 @@ def _converted(
     source: Path, cache: Any, *, dtype: str, callback: Callback | None, say: Notify
 ) -> Any:
     folder = open_folder(source)
-    target = cache / f"{source.resolve().name}-{dtype}-{_key(folder, dtype)}"
+    target = _target(folder, cache, dtype=dtype)
     if isinstance(target, Path):
         message = f"waiting for another process that is converting into {target}"
         checkpoint.wait(target, on_wait=lambda: say(message))
@@ -210,6 +217,26 @@ def _converted(
         callback(Progress("convert", 0, 1))
     convert(folder, target, dtype=dtype, callback=callback)
     return target
+
+
+def known_digest(
+    path: Any, *, dtype: str, cache_dir: str | os.PathLike[str] | None = None
+) -> str | None:
+    """The digest of what load() of a path that fetch() gave would have, if it is converted."""
+    cache = _cache(cache_dir)
+    place = _local(cache) / miniature.NAME if path is None else path
+    if not checkpoint.is_checkpoint(place):
+        if isinstance(place, Path) and not place.exists():
+            return None
+        place = _target(open_folder(place), cache, dtype=dtype)
+        if not checkpoint.is_checkpoint(place):
+            return None
+    return str(checkpoint.read_manifest(place)["digest"])
+
+
+def _target(folder: Folder, cache: Any, *, dtype: str) -> Any:
+    """Where in the cache a folder's conversion goes."""
+    return cache / f"{folder.path.resolve().name}-{dtype}-{_key(folder, dtype)}"
 
 
 def _key(folder: Folder, dtype: str) -> str:

@@ -3,15 +3,16 @@
 import dataclasses
 import datetime
 import json
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from absl import flags
 
-from wan_jax import media
+from wan_jax import files, labels, media
 from wan_jax.request import Request
 
 
@@ -20,8 +21,9 @@ class Job:
     """One checked video: what is asked of the checkpoint, and where the result goes.
 
     request: of this video alone. noise: instead of the seed's. seed_drawn: nobody asked for this
-    seed. settings: all that makes the video what it is, as JSON; "video" is its number among those
-    of its prompt, `videos`. save_file: the one its line in a prompts file names. output: where the
+    seed. settings: all that makes the video what it is but the checkpoint, as JSON; "video" is its
+    number among those of its prompt, `videos`. save_file: the one its line in a prompts file names.
+    prompt: the number of its prompt. copy: how many jobs before it want the same. output: where the
     result goes, known once all jobs are.
     """
 
@@ -31,7 +33,21 @@ class Job:
     settings: dict[str, Any]
     videos: int
     save_file: str | None
+    prompt: int = 0
+    copy: int = 0
     output: Path = Path()
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """The settings that were asked for: without a seed that was drawn."""
+        return {k: v for k, v in self.settings.items() if k != "seed" or not self.seed_drawn}
+
+    def with_seed(self, seed: int | None) -> Self:
+        """The same with another seed, if one was drawn and there is another."""
+        if seed is None or not self.seed_drawn:
+            return self
+        request = self.request._replace(seed=seed)
+        return dataclasses.replace(self, request=request, settings=self.settings | {"seed": seed})
 
 
 class Place(NamedTuple):
@@ -39,6 +55,14 @@ class Place(NamedTuple):
 
     path: Path
     pattern: re.Pattern[str] | None = None
+
+
+class Found(NamedTuple):
+    """A finished output: as it was asked for, where it really is, and the seed its record tells."""
+
+    path: Path
+    target: Path
+    seed: int | None
 
 
 def place(
@@ -56,57 +80,117 @@ def place(
     several jobs; the reference's name is task, size, devices, the prompt's first 50 characters, the
     time.
     """
-    if job.save_file is not None:
-        path = Path(job.save_file)
-        video = f"_{job.settings['video']}" if job.videos > 1 else ""
-        return Place(path.with_name(f"{path.stem}{video}{path.suffix}"))
-    if values.save_file is not None:
-        path = Path(values.save_file)
-        order = f"_{number:03}" if total > 1 else ""
-        return Place(path.with_name(f"{path.stem}{order}{path.suffix}"))
-    width, height = job.settings["size"]
-    text = re.sub(r"[\s/]", "_", job.settings["prompt"])[:50]
-    task = values.task or Path(values.ckpt_dir or "miniature").absolute().name
-    head = f"{task}_{width}*{height}_{values.ulysses_size}_{values.ring_size}_{text}_"
-    ending = ".png" if job.settings["frames"] == 1 else ".mp4"
     video = f"_{job.settings['video']}" if job.videos > 1 else ""
+    if job.save_file is not None:
+        return Place(_numbered(job.save_file, video))
+    if values.save_file is not None:
+        return Place(_numbered(values.save_file, f"_{number:03}" if total > 1 else ""))
+    width, height = job.settings["size"]
+    text = _in_a_name(job.settings["prompt"])
+    task = values.task or _in_a_name(Path(values.ckpt_dir or "miniature").absolute().name)
+    head = f"{task}_{width}*{height}_{values.ulysses_size}_{values.ring_size}_{text}_"
+    image = values.task.startswith("t2i") if values.task else job.settings["frames"] == 1
+    ending = ".png" if image else ".mp4"
     path = Path(f"{head}{now:%Y%m%d_%H%M%S}{video}{ending}")
-    if path in taken:  # another prompt that begins alike
+    if target(path, 1) in taken:  # another prompt that begins alike
         path = path.with_name(f"{path.stem}_n{number}{ending}")
     pattern = rf"{re.escape(head)}\d{{8}}_\d{{6}}{video}(_n\d+)?{re.escape(ending)}"
     return Place(path, re.compile(pattern))
 
 
-def finished(where: Place, job: Job, taken: Collection[Path]) -> Path | None:
+def _numbered(path: str, number: str) -> Path:
+    whole = Path(path)
+    if not whole.name:
+        raise ValueError(f"{path!r} names no file; a path such as cats.mp4 is needed")
+    return whole.with_name(f"{whole.stem}{number}{whole.suffix}")
+
+
+def _in_a_name(text: str) -> str:
+    """What a file's name can hold of a text: 50 characters, as the reference, and 150 bytes."""
+    plain = "".join(c if c.isprintable() and c not in " /" else "_" for c in text[:50])
+    return plain.encode()[:150].decode(errors="ignore")
+
+
+def target(path: Path, frames: int) -> Path:
+    """What really appears for an output, so that two names of one thing are the same."""
+    return Path(os.path.abspath(media.output_path(path, frames)))
+
+
+def finished(
+    where: Place, job: Job, taken: Collection[Path], *, checkpoint: str | None, digest: str | None
+) -> Found | None:
     """The output that an earlier run made of this job, if there is one.
 
-    Its record must tell the same settings; a file that was asked for by name may have no record.
+    checkpoint, digest: as given, and of its contents where that is known. What a run left must
+    tell of the same settings; a file that was asked for by name and tells nothing counts too.
     """
+    frames = job.settings["frames"]
     if where.pattern is None:
-        whole = media.output_path(where.path, job.settings["frames"])
-        return where.path if whole.exists() and _agrees(whole, job, without=True) else None
-    folder = where.path.parent
-    names = sorted(p.name for p in folder.iterdir() if where.pattern.fullmatch(p.name))
-    for name in reversed(names):
-        if folder / name not in taken and _agrees(folder / name, job, without=False):
-            return folder / name
+        paths = [where.path]
+    else:
+        names = (path.name for path in where.path.parent.iterdir())
+        held = sorted((n for n in names if where.pattern.fullmatch(n)), reverse=True)
+        paths = [where.path.with_name(name) for name in held]
+    for path in paths:
+        whole = target(path, frames)
+        if whole in taken or not whole.exists():
+            continue
+        facts = _facts(whole)
+        if facts is None and where.pattern is None:
+            return Found(path, whole, None)
+        if facts is not None and _agrees(facts, job, checkpoint, digest):
+            return Found(path, whole, facts.get("seed"))
     return None
 
 
-def record_path(output: Path, frames: int) -> Path:
-    """Where the record of an output goes: beside it, .json behind its name."""
-    whole = media.output_path(output, frames)
+def record_path(whole: Path) -> Path:
+    """Where the record of what really appears goes: beside it, .json behind its name."""
     return whole.with_name(f"{whole.name}.json")
 
 
-def _agrees(output: Path, job: Job, *, without: bool) -> bool:
-    """Whether the record beside an output tells of this job; `without`: what none means."""
-    record = output.with_name(f"{output.name}.json")
-    if not record.exists():
-        return without
+def check_record(path: Path, frames: int) -> None:
+    """Raise ValueError if the record of an output could not be written, or would replace another.
+
+    Meant to be called when the output itself has been checked.
+    """
+    record = record_path(target(path, frames))
+    if record.exists() and (not record.is_file() or _read(record) is None):
+        raise ValueError(f"{record} is in the way: it is no record of a video, and one goes there")
+    trial = files.hidden(record, "partial")
+    try:  # its name is longer than any that was tried
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"{record} cannot be written: {error.strerror}") from error
+
+
+def _read(record: Path) -> dict[str, Any] | None:
+    """A record; None for a file that is none."""
     try:
-        facts: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        facts = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and {"prompt", "versions"} <= set(facts) else None
+
+
+def _facts(whole: Path) -> dict[str, Any] | None:
+    """What is told of an output: by its record, or else by the file itself."""
+    if record_path(whole).exists():
+        return _read(record_path(whole)) or {}
+    if whole.suffix.lower() not in (".mp4", ".png", ".npz"):
+        return None
+    try:
+        return labels.read_metadata(whole)
+    except ValueError:
+        return {}
+
+
+def _agrees(facts: dict[str, Any], job: Job, checkpoint: str | None, digest: str | None) -> bool:
+    if any(k not in facts or facts[k] != v for k, v in job.wanted.items()):
         return False
-    free = {"seed"} if job.seed_drawn else set()
-    return all(facts.get(k) == v for k, v in job.settings.items() if k not in free)
+    if digest is not None:
+        return facts.get("checkpoint_digest") == digest
+    given = facts.get("checkpoint")
+    if given is None or checkpoint is None:
+        return given is checkpoint
+    return os.path.abspath(given) == os.path.abspath(checkpoint)

@@ -143,18 +143,18 @@ class Wan:
             ]
         return np.concatenate(videos)
 
-    def encode_text(self, prompts: Sequence[str], callback: Callback | None = None) -> Array:
-        """UMT5 states [b, s, d] of the cleaned prompts, zero past each text."""
+    def encode_text(self, prompts: Sequence[str], callback: Callback | None = None) -> np.ndarray:
+        """UMT5 states [b, s, d] of the cleaned prompts, zero past each text; on the host."""
         ids, mask = tokenizer.tokenize(self.tokenizer, prompts, length=self.config.dit.text_len)
         contexts = []
         with self._stage("umt5", callback) as network:
             _tell(callback, "encode", 0, len(prompts))
             for i in range(len(prompts)):  # one by one: a text's states do not know its neighbours
                 states = _encode_text(network, ids[i : i + 1], mask[i : i + 1])
-                contexts.append(jax.block_until_ready(_commit(states)))
+                contexts.append(np.asarray(states)[0])
                 _tell(callback, "encode", i + 1, len(prompts))
             del network
-        return jnp.concatenate(contexts)
+        return np.stack(contexts)
 
     def decode(
         self, latents: Any, *, dtype: str = "uint8", callback: Callback | None = None

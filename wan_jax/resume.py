@@ -11,21 +11,25 @@ import numpy as np
 from wan_jax import files
 from wan_jax.sampler import Carry, State
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Saved(NamedTuple):
-    """A state that was read back: where the solver stood, the seed, and what made it."""
+    """A state that was read back.
+
+    carry: where the solver stood. seconds: spent so far, by stage. made_by: versions and device.
+    """
 
     carry: Carry
     seed: int
+    seconds: dict[str, float]
     made_by: dict[str, Any]
 
 
 class Store:
     """The state of one video in a folder; there is none until save() is called.
 
-    settings: all that determines the latents, as JSON; another setting is another state.
+    settings: what tells this video from others, as JSON; another setting is another state.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -47,17 +51,25 @@ class Store:
                 a.dtype != np.float32 or a.shape != state.x.shape for a in state
             ):
                 raise ValueError("its arrays or settings do not fit")
-            return Saved(carry, int(facts["seed"]), dict(facts["made_by"]))
+            return Saved(carry, int(facts["seed"]), dict(facts["seconds"]), dict(facts["made_by"]))
         except Exception as error:  # NumPy's and zip's parsers fail in a dozen ways
             raise ValueError(
-                f"resume_dir: {self.file} cannot be read ({error}); remove it to start anew"
+                f"--resume_dir: {self.file} cannot be read ({error}); remove it to start anew"
             ) from error
 
-    def save(self, carry: Carry, *, seed: int, made_by: Mapping[str, Any]) -> None:
-        """Write the state, whole or not at all. made_by: versions and device, as JSON."""
+    def save(
+        self,
+        carry: Carry,
+        *,
+        seed: int,
+        seconds: Mapping[str, float],
+        made_by: Mapping[str, Any],
+    ) -> None:
+        """Write the state, whole or not at all; see Saved. OSError if it cannot be written."""
         facts = {
             "done": carry.done,
             "seed": seed,
+            "seconds": dict(seconds),
             "made_by": dict(made_by),
             "settings": self._settings,
         }

@@ -1,10 +1,10 @@
 """Makes the videos of a plan: progress, records, and what an interruption leaves."""
 
 import contextlib
-import dataclasses
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import wan_jax
 from wan_jax import labels, loading, machine, media, noise, pipeline, resume
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.jobs import Plan
-from wan_jax.outputs import Job, record_path
+from wan_jax.outputs import Job, record_path, target
 from wan_jax.pipeline import Progress
 from wan_jax.sampler import Carry, DivergedError
+
+Array = jax.Array
 
 
 def execute(values: flags.FlagValues, plan: Plan) -> None:
@@ -42,22 +44,32 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         callback=report,
         notify=say,
     )
-    texts = {text: None for job in plan.jobs for text in pipeline.texts(job.request)}
-    states = np.asarray(wan.encode_text(list(texts), report))
-    contexts = dict(zip(texts, states, strict=True))
+    runs = _runs(values, wan, plan.jobs)
+    texts = list(dict.fromkeys(text for run in runs for text in run.texts()))
+    contexts = dict(zip(texts, wan.encode_text(texts, report), strict=True)) if texts else {}
+    shared = report.lap()
     failed = 0
-    for job in plan.jobs:
-        context = np.stack([contexts[text] for text in pipeline.texts(job.request)])
+    for run in runs:
         try:
-            _make(values, wan, job, context, report)
-        except (DivergedError, OSError, RuntimeError) as error:
-            if len(plan.jobs) == 1:
+            _make(run, [contexts[text] for text in run.texts()], report, shared)
+        except (ValueError, DivergedError, OSError, RuntimeError) as error:
+            if len(runs) == 1:
                 raise
             failed += 1
-            say(f"failed {job.output}: {' '.join(str(error).split())[:300]}")
+            report.lap()
+            say(f"failed {run.job.output}: {' '.join(str(error).split())[:300]}")
     say(report.line())
     if failed:
-        raise RuntimeError(f"{failed} of {len(plan.jobs)} videos failed, the others are made")
+        raise RuntimeError(f"{failed} of {len(runs)} videos failed")
+
+
+def _runs(values: flags.FlagValues, wan: wan_jax.Wan, jobs: Sequence[Job]) -> list["_Run"]:
+    """The runs of jobs; videos of a prompt whose drawn seed a state tells get that seed too."""
+    runs = [_Run(values, wan, job) for job in jobs]
+    seeds = {run.job.prompt: run.saved.seed for run in runs if run.saved is not None}
+    for run in runs:
+        run.job = run.job.with_seed(seeds.get(run.job.prompt))
+    return runs
 
 
 def _start(values: flags.FlagValues) -> None:
@@ -72,8 +84,8 @@ def _start(values: flags.FlagValues) -> None:
     if jax.default_backend() != "cpu" and not _cache_chosen():
         # Programs are kept: the next run starts in seconds and, as what was tuned by timing is kept
         # with them, gives the same bits.
-        cache = Path(values.cache_dir) if values.cache_dir else loading.default_cache_dir()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "programs"))
+        programs = loading.programs_dir(values.cache_dir)
+        jax.config.update("jax_compilation_cache_dir", str(programs))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
@@ -83,99 +95,168 @@ def _cache_chosen() -> bool:
 
 
 def _make(
-    values: flags.FlagValues, wan: wan_jax.Wan, job: Job, context: np.ndarray, report: Reporter
+    run: "_Run", contexts: list[np.ndarray], report: Reporter, shared: Mapping[str, float]
 ) -> None:
     """Denoise, decode into the file, write the record."""
-    run = _Run(values, wan, job)
-    latents = run.denoise(context, report)
-    record = _record(values, wan, run.job)
+    job, wan = run.job, run.wan
+    whole = target(job.output, job.settings["frames"])
+    record: dict[str, Any] = {}
 
     def described() -> dict[str, Any]:
-        record.update(seconds=report.lap(), peak_memory_bytes=machine.peak_bytes())
+        # Gone before the video is replaced: a record never tells of another video.
+        record_path(whole).unlink(missing_ok=True)
+        record.update(run.record(shared, report.lap()))
         return record
 
-    raw = job.output.suffix.lower() == ".npz"
-    try:
+    with run.kept():
+        latents = run.denoise(contexts, report)
+        npz = job.output.suffix.lower() == ".npz"
+        # One frame goes as floats: what becomes an image is rounded, what becomes a video is not.
+        floats = npz or job.settings["frames"] == 1
         media.save_video(
-            wan.decode(latents, dtype="float32" if raw else "uint8", callback=report),
+            wan.decode(latents, dtype="float32" if floats else "uint8", callback=report),
             job.output,
             fps=wan.config.defaults.fps,
-            latents=np.asarray(latents)[0] if raw else None,
+            latents=np.asarray(latents)[0] if npz else None,
             metadata=described,
         )
-        labels.write_json(record, record_path(job.output, job.settings["frames"]))
-    except BaseException:
-        run.save()  # the next run only decodes
-        raise
+        labels.write_json(record, record_path(whole))
     run.finish()
     say(f"saved {media.output_path(job.output, job.settings['frames'])}")
 
 
 class _Run:
-    """One job from noise to latents, and its state on disk where --resume_dir is given."""
+    """One job from noise to latents, and its state on disk where --resume_dir is given.
+
+    Raises ValueError if there is a state and it is damaged.
+    """
 
     def __init__(self, values: flags.FlagValues, wan: wan_jax.Wan, job: Job) -> None:
-        self.job = job
-        self._wan = wan
+        self.job, self.wan = job, wan
+        self.saved: resume.Saved | None = None
+        self._values = values
         self._carry: Carry | None = None
+        self._earlier: dict[str, float] = {}  # seconds of interrupted runs, by stage
+        self._now: dict[str, float] = {}
         self._store: resume.Store | None = None
         if values.resume_dir is not None:
-            # A drawn seed is told by the state, so the same command finds it.
-            given = {k: v for k, v in job.settings.items() if k != "seed" or not job.seed_drawn}
-            identity = given | {"checkpoint": wan.digest}
+            identity = job.wanted | {"checkpoint": wan.digest, "copy": job.copy}
             self._store = resume.Store(Path(values.resume_dir), identity)
+            self.saved = self._store.load()
+        if self.saved is not None:
+            self._carry = self.saved.carry
+            self._earlier = self.saved.seconds
 
-    def denoise(self, context: np.ndarray, report: Reporter) -> jax.Array:
-        """Latents [1, t, h, w, c]; Stopped after a step if a signal came and the state is saved."""
-        start = self._start()
-        with _held_back(active=self._store is not None) as signals:
+    @property
+    def _is_denoised(self) -> bool:
+        done = 0 if self._carry is None else self._carry.done
+        return done == len(self.job.request.schedule.table)
 
-            def on_progress(progress: Progress) -> None:
-                report(progress)
-                if progress.carry is None or self._store is None:
-                    return
+    def texts(self) -> tuple[str, ...]:
+        """The texts whose states denoise() needs."""
+        return () if self._is_denoised else pipeline.texts(self.job.request)
+
+    def denoise(self, contexts: list[np.ndarray], report: Reporter) -> Array:
+        """Latents [1, t, h, w, c]; Stopped after a step if a signal came and the state is kept."""
+        start, begun = self._start(), time.perf_counter()
+        if self._is_denoised:
+            assert isinstance(start, Carry)
+            return start.state.x
+
+        def on_progress(progress: Progress) -> None:
+            report(progress)
+            if progress.carry is not None and self._store is not None:
                 self._carry = progress.carry
+                self._now["denoise"] = time.perf_counter() - begun
                 if signals:
-                    self.save()
                     raise Stopped(
-                        f"stopped after step {progress.done} of {progress.total}; the same command "
-                        f"takes it up from {self._store.file}",
-                        signals[0],
+                        f"stopped after step {progress.done} of {progress.total}", *signals
                     )
 
-            return self._wan.denoise(self.job.request, context, start, on_progress)
+        with _held_back(active=self._store is not None) as signals:
+            latents = self.wan.denoise(self.job.request, np.stack(contexts), start, on_progress)
+            if signals:
+                raise Stopped("stopped after the last step", signals[0])
+        return latents
 
-    def _start(self) -> jax.Array | Carry:
-        saved = None if self._store is None else self._store.load()
-        if saved is not None:
-            if saved.made_by != _made_by():
+    def _start(self) -> Array | Carry:
+        request = self.job.request
+        if self.saved is not None:
+            if self.saved.made_by != self._made_by():
                 say("warning: other versions or another device left the state; bits may differ")
-            request = self.job.request._replace(seed=saved.seed)
-            settings = self.job.settings | {"seed": saved.seed}
-            self.job = dataclasses.replace(self.job, request=request, settings=settings)
-            self._carry = saved.carry
-            say(f"seed {saved.seed}, taken up after step {saved.carry.done}")
-            return saved.carry
+            say(f"seed {request.seed}, taken up after step {self.saved.carry.done}")
+            return self.saved.carry
         if self.job.noise is not None:
             return jnp.asarray(self.job.noise)
-        request = self.job.request
         say(f"seed {request.seed}")
         first = self.job.settings["video"]
         return noise.initial_noise(request.seed, 1, shape=request.latent_shape, first=first)
 
-    def save(self) -> None:
-        """Write the state after the last step that was done, if there is a place for it."""
-        if self._store is not None and self._carry is not None:
-            self._store.save(self._carry, seed=self.job.request.seed, made_by=_made_by())
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """What ends the block early leaves the state after the last step that was done."""
+        try:
+            yield
+        except BaseException as error:
+            if self._store is None or self._carry is None:
+                raise
+            try:
+                self._store.save(
+                    self._carry,
+                    seed=self.job.request.seed,
+                    seconds=_sums(self._earlier, self._now),
+                    made_by=self._made_by(),
+                )
+            except (OSError, RuntimeError) as failure:  # also for buffers that a step had taken
+                say(f"the state cannot be saved: {failure}")
+                raise error from None  # the first is the one to tell
+            file = self._store.file
+            if isinstance(error, Stopped):
+                raise Stopped(
+                    f"{error}; the same command takes it up from {file}", error.signum
+                ) from None
+            say(f"the latents so far are in {file}; the same command takes them up")
+            raise
 
     def finish(self) -> None:
         """The video is there: the state is of no more use."""
         if self._store is not None:
-            self._store.remove()
+            with contextlib.suppress(OSError):
+                self._store.remove()
+
+    def record(self, shared: Mapping[str, float], own: Mapping[str, float]) -> dict[str, Any]:
+        """All there is to know of the video. shared: seconds of what its run did for all."""
+        values = self._values
+        return {
+            **self.job.settings,
+            "fps": self.wan.config.defaults.fps,
+            "seed_drawn": self.job.seed_drawn,
+            "noise_file": values.noise_file,
+            "task": values.task,
+            "config": values.config,
+            "checkpoint": values.ckpt_dir,
+            "checkpoint_digest": self.wan.digest,
+            "offload_model": values.offload_model,
+            **self._made_by(),
+            "resumed_after": None if self.saved is None else self.saved.carry.done,
+            "seconds": _sums(self._earlier, shared, own),
+            "peak_memory_bytes": machine.peak_bytes(),
+        }
+
+    def _made_by(self) -> dict[str, Any]:
+        """What besides the settings can change the last bits."""
+        return {
+            "versions": machine.versions(),
+            "device": machine.device(),
+            "t5_cpu": self._values.t5_cpu,
+            "xla_flags": machine.xla_flags(),
+        }
 
 
-def _made_by() -> dict[str, Any]:
-    return {"versions": machine.versions(), "device": machine.device(), "xla": machine.xla_flags()}
+def _sums(*parts: Mapping[str, float]) -> dict[str, float]:
+    return {
+        k: sum(p.get(k, 0.0) for p in parts) for k in dict.fromkeys(k for p in parts for k in p)
+    }
 
 
 @contextlib.contextmanager
@@ -189,7 +270,7 @@ def _held_back(*, active: bool) -> Iterator[list[int]]:
     def handle(signum: int, frame: Any) -> None:
         del frame
         if signals:
-            raise Stopped("stopped at once", signum)
+            raise Stopped("stopped", signum)
         signals.append(signum)
         say("stopping after this step; a second signal stops at once")
 
@@ -199,16 +280,3 @@ def _held_back(*, active: bool) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _record(values: flags.FlagValues, wan: wan_jax.Wan, job: Job) -> dict[str, Any]:
-    """What there is to know of a video; seconds and memory are added when it is made."""
-    return {
-        **job.settings,
-        "fps": wan.config.defaults.fps,
-        "seed_drawn": job.seed_drawn,
-        "checkpoint_digest": wan.digest,
-        "offload_model": values.offload_model,
-        "t5_cpu": values.t5_cpu,
-        **_made_by(),
-    }

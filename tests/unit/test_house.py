@@ -37,7 +37,7 @@ ORDER = (
     {"loading"},
     {"__init__"},
     {"cli"},
-    {"resume", "machine", "outputs"},
+    {"resume", "machine", "outputs", "prompts"},
     {"jobs"},
     {"runner"},
 )

@@ -1,6 +1,5 @@
 """From flags and prompt files to checked videos: defaults, names, and what is wrong."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.unit.test_cli import ROOT, parse
-from wan_jax import jobs, outputs
+from wan_jax import jobs, loading, outputs
 from wan_jax.weights import miniature
 
 
@@ -103,12 +102,15 @@ def test_checkpoint_s_own_defaults_without_a_task(checkpoint: str) -> None:
         (["--use_prompt_extend"], "--use_prompt_extend is not supported"),
         (["--prompts_file", "/nowhere.txt"], "--prompts_file /nowhere.txt"),
         (["--prompts_file", "x", "--prompt", "y"], "--prompt and --prompts_file"),
-        (["--prompts_file", "x", "--noise_file", "y"], "--noise_file is for one prompt"),
+        (["--prompts_file", "x", "--noise_file", "y"], "--noise_file y is for one prompt"),
         (["--resume_dir", "/proc/1/x"], "--resume_dir /proc/1/x"),
-        (["--save_file", "x.avi"], ".mp4"),
-        (["--save_file", "/nowhere/x.mp4"], "/nowhere"),
-        (["--noise_file", "/nowhere.npy"], "/nowhere.npy"),
-        (["--config", "/nowhere.py"], "/nowhere.py"),
+        (["--save_file", "/nowhere/x.mp4"], "--save_file /nowhere/x.mp4"),
+        (["--save_file", ""], "--save_file"),
+        (["--save_file", "/"], "--save_file /"),
+        (["--size", "1" * 5000 + "*16"], "--size is"),
+        (["--ckpt_dir", ""], "--ckpt_dir : the path is empty"),
+        (["--cache_dir", "/proc/1/x"], "--cache_dir /proc/1/x"),
+        (["--config", "/nowhere.py"], "--config /nowhere.py"),
         (["--save_file", "x.avi"], "--save_file x.avi"),
         (["--noise_file", "/nowhere.npy"], "--noise_file /nowhere.npy"),
         (["--ckpt_dir", "/nowhere"], "--ckpt_dir /nowhere"),
@@ -206,7 +208,11 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     [
         ('{"prompt": "a"', "line 2 is not a JSON object"),
         ('{"prompt": "a", "stepz": 3}', "line 2 has unknown keys ['stepz']"),
-        ('{"steps": 3}', 'line 2 has no "prompt"'),
+        ('{"steps": 3}', "line 2: prompt is None"),
+        ('{"prompt": null}', "line 2: prompt is None"),
+        ('{"prompt": ["a", "b"]}', "line 2: prompt is ['a', 'b']"),
+        ('{"prompt": "a", "negative_prompt": 5}', "line 2: negative_prompt is 5"),
+        ('{"prompt": "a", "save_file": ""}', "--save_file"),
         ('{"prompt": "a", "steps": 0}', "line 2: steps=0"),
         ('{"prompt": "a", "steps": "many"}', "line 2: steps"),
         ('{"prompt": "a", "size": "64x32"}', "line 2: size is '64x32'"),
@@ -260,8 +266,8 @@ def test_noise_for_every_video_of_a_prompt(tmp_path: Path) -> None:
 
 def finish(job: outputs.Job, **changes: object) -> None:
     job.output.write_bytes(b"video")
-    record = outputs.record_path(job.output, job.settings["frames"])
-    record.write_text(json.dumps(job.settings | {"seconds": 5} | changes))
+    told = {"versions": {}, "checkpoint": None, "checkpoint_digest": "5", **job.settings, **changes}
+    outputs.record_path(job.output.absolute()).write_text(json.dumps(told))
 
 
 def test_finished_videos_are_skipped_by_their_record() -> None:
@@ -280,16 +286,114 @@ def test_finished_videos_are_skipped_by_their_record() -> None:
 
 
 def test_finished_videos_of_a_given_name_are_skipped() -> None:
-    arguments = ("--save_file", "x.mp4", "--skip_existing", "--base_seed", "3")
+    arguments = ("--save_file", "x.gif", "--skip_existing", "--base_seed", "3")
     (job,) = plans(*arguments).jobs
     job.output.write_bytes(b"from elsewhere")
-    assert plans(*arguments).skipped == (Path("x.mp4"),)
+    assert plans(*arguments).skipped == (Path("x.gif"),)
     finish(job)
-    assert plans(*arguments).skipped == (Path("x.mp4"),)
+    assert plans(*arguments).skipped == (Path("x.gif"),)
     finish(job, steps=99)
     assert len(plans(*arguments).jobs) == 1
-    outputs.record_path(job.output, 17).write_text("{")
+    finish(job, checkpoint="elsewhere")
     assert len(plans(*arguments).jobs) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"prompt": "mine"}'])
+def test_what_is_no_record_is_not_replaced(text: str) -> None:
+    Path("x.mp4.json").write_text(text)
+    with pytest.raises(ValueError, match=r"--save_file x\.mp4: .*x\.mp4\.json is in the way"):
+        plans("--save_file", "x.mp4")
+    assert Path("x.mp4.json").read_text() == text
+    Path("x.mp4.json").unlink()
+    Path("x.mp4.json").mkdir()
+    with pytest.raises(ValueError, match="is in the way"):
+        plans("--save_file", "x.mp4")
+
+
+def test_what_a_file_tells_of_itself_counts_without_a_record() -> None:
+    arguments = ("--save_file", "x.npz", "--skip_existing", "--base_seed", "3")
+    (job,) = plans(*arguments).jobs
+    told = {"versions": {}, "checkpoint": None, **job.settings}
+    np.savez("x.npz", metadata=np.array(json.dumps(told)))
+    assert plans(*arguments).skipped == (Path("x.npz"),)
+    assert len(plans(*arguments, "--sample_steps", "9").jobs) == 1
+
+
+def test_the_same_checkpoint_is_known_by_its_contents(checkpoint: str, tmp_path: Path) -> None:
+    cache = ("--cache_dir", str(tmp_path / "cache"))
+    arguments = ("--prompt", "a", "--base_seed", "3", "--skip_existing", *cache)
+    (job,) = plans("--ckpt_dir", checkpoint, *arguments).jobs
+    finish(job, checkpoint=f"{checkpoint}/../{Path(checkpoint).name}")
+    # Not converted here: its name has to do.
+    assert plans("--ckpt_dir", checkpoint, *arguments).skipped == (job.output,)
+    wan = loading.load(checkpoint, cache_dir=tmp_path / "cache", offload=True)
+    assert len(plans("--ckpt_dir", checkpoint, *arguments).jobs) == 1  # other weights, then
+    finish(job, checkpoint="moved", checkpoint_digest=wan.digest)
+    assert plans("--ckpt_dir", checkpoint, *arguments).skipped == (job.output,)
+
+
+def test_two_spellings_of_one_output_are_refused(tmp_path: Path) -> None:
+    for one, two in (("a.png", "a.PNG"), ("a.mp4", str(tmp_path / "a.mp4"))):
+        lines = [json.dumps({"prompt": "a", "save_file": name}) for name in (one, two)]
+        (tmp_path / "p.txt").write_text("\n".join(lines))
+        with pytest.raises(ValueError, match="would hold two videos"):
+            plans("--prompts_file", "p.txt")
+
+
+def test_a_folder_of_others_is_not_taken_for_finished(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "holiday.jpg").touch()
+    with pytest.raises(ValueError, match=r"holiday\.jpg"):
+        plans("--save_file", "cats.png", "--skip_existing")
+
+
+def test_videos_of_a_prompt_share_the_seed_of_a_finished_one() -> None:
+    arguments = ("--prompt", "a", "--num_videos", "2", "--skip_existing")
+    first, _ = plans(*arguments).jobs
+    finish(first)
+    (again,) = plans(*arguments).jobs
+    assert again.settings["video"] == 1
+    assert again.request.seed == again.settings["seed"] == first.request.seed
+
+
+def test_equal_jobs_are_told_apart() -> None:
+    made = plans("--prompt", "a", "--prompt", "a", "--prompt", "b").jobs
+    assert [job.copy for job in made] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("prompt", ["狐" * 50, "🦊" * 50, "a\x00\ud800\n/b", "." * 60])
+def test_any_prompt_has_a_name(prompt: str) -> None:
+    job = plan("--prompt", prompt)
+    assert len(job.output.name.encode()) < 220
+    assert job.output.parent == Path()
+
+
+def test_prompts_with_separators_of_unicode_stay_whole(tmp_path: Path) -> None:
+    text = "a cat\u2028on a mat\x0band a\x85dog"
+    lines = [text, json.dumps({"prompt": text}, ensure_ascii=False)]
+    (tmp_path / "p.txt").write_bytes("\r\n".join(lines).encode())
+    assert [job.settings["prompt"] for job in plans("--prompts_file", "p.txt").jobs] == [text] * 2
+
+
+def test_noise_has_no_seed_and_is_known_by_its_contents(tmp_path: Path) -> None:
+    noise = np.random.RandomState(0).standard_normal((16, 2, 4, 4)).astype(np.float32)
+    arguments = ("--size", "32*32", "--frame_num", "5", "--noise_file", "n.npy")
+    np.save(tmp_path / "n.npy", noise)
+    one = plan(*arguments)
+    np.save(tmp_path / "n.npy", noise + 1)
+    two = plan(*arguments)
+    assert one.settings["seed"] is None
+    assert not one.seed_drawn
+    assert one.wanted != two.wanted
+    with pytest.raises(ValueError, match=r"--noise_file n\.npy is for one prompt"):
+        plan(*arguments, "--prompt", "a", "--prompt", "b")
+
+
+def test_one_frame_of_a_video_task_is_a_video(checkpoint: str) -> None:
+    task = ("--ckpt_dir", checkpoint, "--frame_num", "1")
+    assert plan("--task", "t2v-14B", *task).output.suffix == ".mp4"
+    assert plan("--task", "t2i-14B", *task).output.suffix == ".png"
+    assert plan(*task).output.suffix == ".png"
 
 
 def test_one_finished_video_does_not_stand_for_two() -> None:
@@ -304,4 +408,3 @@ def test_settings_are_json_and_tell_all() -> None:
     assert json.loads(json.dumps(job.settings)) == job.settings
     for name in ("dtype", "size", "frames", "steps", "shift", "guidance", "solver"):
         assert job.settings[name] is not None
-    assert dataclasses.replace(job) == job

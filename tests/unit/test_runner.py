@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 
+import wan_jax
 from tests.unit.test_cli import ROOT, parse, script
 from tests.unit.test_media import decode
-from wan_jax import jobs, labels, media, resume, runner
+from wan_jax import cli, jobs, labels, media, resume, runner
 from wan_jax.sampler import Carry, State
 
 Run = Callable[..., None]
@@ -148,21 +150,116 @@ def test_a_drawn_seed_is_taken_up_with_the_state(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also: what fails after denoising leaves the latents, and the next run only decodes."""
-    arguments = ["--resume_dir", "states", "--save_file", "x.npz"]
+    arguments = ["--resume_dir", "states", "--save_file", "x.npz", "--num_videos", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(media, "save_video", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
-        with pytest.raises(OSError, match="full"):
+        patch.setattr(media, "save_video", fails)
+        with pytest.raises(RuntimeError, match="2 of 2 videos failed"):
             run(*arguments)
-    (seed,) = re.findall(r"seed (\d+)", capsys.readouterr().err)
-    assert len(list((tmp_path / "states").iterdir())) == 1
-    run(*arguments)
     said = capsys.readouterr().err
-    assert f"seed {seed}, taken up after step 2" in said
-    assert json.loads((tmp_path / "x.npz.json").read_text())["seed"] == int(seed)
+    assert said.count("the latents so far are in") == 2
+    (seed,) = set(re.findall(r"seed (\d+)", said))
+    assert len(list((tmp_path / "states").iterdir())) == 2
+    networks: list[str] = []
+    monkeypatch.setattr(wan_jax.Wan, "network", watched(wan_jax.Wan.network, networks))
+    run(*arguments)
+    assert set(networks) == {"vae"}
+    said = capsys.readouterr().err
+    assert said.count(f"seed {seed}, taken up after step 2") == 2
+    record = json.loads((tmp_path / "x_001.npz.json").read_text())
+    assert (record["seed"], record["resumed_after"]) == (int(seed), 2)
+    assert record["seconds"]["denoise"] > 0
     assert not list((tmp_path / "states").iterdir())
-    run("--base_seed", seed, "--save_file", "y.npz")
+    run("--base_seed", seed, "--save_file", "y.npz", "--num_videos", "2")
+    for k in ("000", "001"):
+        with np.load(f"x_{k}.npz") as one, np.load(f"y_{k}.npz") as two:
+            np.testing.assert_array_equal(one["frames"], two["frames"])
+
+
+def fails(*_: Any, **__: Any) -> None:
+    raise OSError("full")
+
+
+def watched(method: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    def network(self: wan_jax.Wan, part: str, callback: Any = None) -> Any:
+        names.append(part)
+        return method(self, part, callback)
+
+    return network
+
+
+def test_the_first_error_is_told_when_the_state_cannot_be_saved_either(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(media, "save_video", fails)
+    monkeypatch.setattr(resume.Store, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="full"):
+        run("--resume_dir", "states", "--save_file", "x.npz")
+    assert "the state cannot be saved: no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["load", "denoise", "decode"])
+def test_a_signal_in_any_stage_keeps_what_there_is(
+    stage: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """load: that of the DiT; the signal comes while it is told; denoise: after the last step."""
+    told: list[str] = []
+    tell = cli.Reporter.__call__
+
+    def signalled(self: cli.Reporter, progress: Any) -> None:
+        told.append(progress.stage)
+        ready = {
+            "load": told.count("encode") > 2 and progress.stage == "load" and not progress.done,
+            "denoise": progress.stage == "denoise" and progress.done == progress.total,
+            "decode": progress.stage == "decode" and progress.done == 1,
+        }[stage]
+        if ready and "sent" not in told:
+            told.append("sent")
+            os.kill(os.getpid(), signal.SIGTERM)
+        tell(self, progress)
+
+    monkeypatch.setattr(cli.Reporter, "__call__", signalled)
+    arguments = ["--resume_dir", "states", "--save_file", "x.npz", "--base_seed", "1"]
+    before = signal.signal(signal.SIGTERM, cli._terminated)
+    try:
+        with pytest.raises(cli.Stopped) as stopped:
+            run(*arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.status == 128 + signal.SIGTERM
+    assert "the same command takes it up from" in str(stopped.value)
+    assert not (tmp_path / "x.npz").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run(*arguments)
+    run("--save_file", "y.npz", "--base_seed", "1")
     with np.load("x.npz") as one, np.load("y.npz") as two:
         np.testing.assert_array_equal(one["frames"], two["frames"])
+
+
+def test_a_record_never_tells_of_another_video(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("--save_file", "c.npz", "--prompt", "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(labels, "write_json", fails)
+        with pytest.raises(OSError, match="full"):
+            run("--save_file", "c.npz", "--prompt", "second")
+    assert not (tmp_path / "c.npz.json").exists()
+    made = labels.read_metadata(tmp_path / "c.npz")
+    assert made is not None
+    assert made["prompt"] == "second"
+
+
+def test_a_single_frame_is_truncated_in_a_video_and_rounded_in_an_image(
+    run: Run, tmp_path: Path
+) -> None:
+    one = ["--frame_num", "1", "--base_seed", "1"]
+    for name in ("a.npz", "a.png"):
+        run(*one, "--save_file", name)
+    with np.load("a.npz") as arrays:
+        frame = arrays["frames"]
+    image = media.quantize(frame, rounding="round")[0]
+    np.testing.assert_array_equal(iio.imread("a.png"), image)
 
 
 def interrupted(*arguments: str, cwd: Path, signum: int) -> tuple[int, str]:
@@ -228,10 +325,11 @@ CARRY = Carry(3, State(*ARRAYS))
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     store = resume.Store(tmp_path / "a" / "b", {"prompt": "狐狸", "steps": 5})
     assert store.load() is None
-    store.save(CARRY, seed=2**63, made_by={"jax": "1"})
+    store.save(CARRY, seed=2**63, seconds={"denoise": 2.5}, made_by={"jax": "1"})
     saved = store.load()
     assert saved is not None
     assert (saved.carry.done, saved.seed, saved.made_by) == (3, 2**63, {"jax": "1"})
+    assert saved.seconds == {"denoise": 2.5}
     for mine, theirs in zip(saved.carry.state, CARRY.state, strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert resume.Store(tmp_path / "a" / "b", {"prompt": "狐狸", "steps": 6}).load() is None
@@ -243,7 +341,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "shape"])
 def test_a_damaged_state_is_named(damage: str, tmp_path: Path) -> None:
     store = resume.Store(tmp_path, {"prompt": "a"})
-    store.save(CARRY, seed=1, made_by={})
+    store.save(CARRY, seed=1, seconds={}, made_by={})
     data = store.file.read_bytes()
     if damage == "shape":
         with np.load(store.file) as arrays:
