@@ -3,9 +3,9 @@
     python convert/to_orbax.py --src Wan2.1-T2V-1.3B --dst checkpoints/t2v-1.3b
 
 --src is a folder (original, Diffusers or ComfyUI's layout), a repacked .safetensors file, a hub id
-or a gs:// path; --dst a folder or a gs:// path that does not exist yet, or a checkpoint that lacks
-the --parts. Names, shapes and dtypes are checked before the first tensor is read; --dry_run ends
-there. --dst appears when it is whole, so an interrupted run leaves nothing.
+or a gs:// folder; --dst a folder or a gs:// path that does not exist yet, or a local checkpoint
+that lacks the --parts. Names, shapes and dtypes are checked before the first tensor is read;
+--dry_run ends there. --dst appears when it is whole.
 """
 
 import sys
@@ -18,7 +18,7 @@ from absl import flags
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout's own wan_jax, as for run_*.py
 
 from wan_jax import cli, loading
-from wan_jax.weights import checkpoint, remote
+from wan_jax.weights import checkpoint, folders, remote
 from wan_jax.weights.sources import PARTS, Folder, open_folder
 
 flags.DEFINE_string("src", None, "Folder, .safetensors file, hub id or gs:// path to read.")
@@ -31,8 +31,10 @@ flags.DEFINE_enum(
     "bfloat16 (the default; what must be float32 stays so) or float32. Parts that are added to a "
     "checkpoint take its dtype.",
 )
-flags.DEFINE_bool("dry_run", False, "Check everything, say what would be written, write nothing.")
-flags.DEFINE_string("cache_dir", None, "Where files from gs:// are kept; default ~/.cache/wan_jax.")
+flags.DEFINE_bool(
+    "dry_run", False, "Check everything and say what would be converted; only downloads are kept."
+)
+flags.DEFINE_string("cache_dir", None, "For what comes from or goes to gs://.")
 
 
 def main(values: flags.FlagValues) -> None:
@@ -46,7 +48,22 @@ def main(values: flags.FlagValues) -> None:
     # What is only read and written must not take a GPU or TPU.
     jax.config.update("jax_platforms", "cpu")
     parts = [part for part in PARTS if part in values.parts]
-    target = _target(values.dst) if values.dst else None
+    if values.dry_run or remote.is_bucket(values.dst):
+        target = None if values.dry_run else remote.bucket_path(values.dst)
+        _convert(values, target, parts)
+        return
+    target = Path(values.dst).absolute()
+    try:
+        folders.check_writable(target.parent)
+    except ValueError as error:
+        raise ValueError(f"--dst {target}: {error}") from error
+    message = f"waiting for another process that writes {target}"
+    with folders.alone(target, on_wait=lambda: cli.say(message)):
+        _convert(values, target, parts)
+
+
+def _convert(values: flags.FlagValues, target: Any, parts: list[str]) -> None:
+    """Check the source and write it to target; None only checks."""
     before = _existing(target, parts, values.dtype)
     dtype = before or values.dtype or "bfloat16"
     report = cli.Reporter()
@@ -54,38 +71,34 @@ def main(values: flags.FlagValues) -> None:
         source = loading.fetch(
             values.src, parts=parts, cache_dir=values.cache_dir, callback=report, notify=cli.say
         )
-        if checkpoint.is_checkpoint(source):
+        if loading.is_checkpoint(source):
             raise ValueError("it is converted already")
         folder = open_folder(source, parts)
         _describe(folder, dtype)
     except ValueError as error:
         raise ValueError(f"--src {values.src}: {error}") from error
-    if values.dry_run or target is None:
+    if target is None:
         return
     remedy = "choose another --dst"
     if before is not None:
         checkpoint.add(folder, target, on_bytes=loading.in_bytes("convert", report), remedy=remedy)
     else:
-        loading.convert(folder, target, dtype=dtype, callback=report, remedy=remedy)
+        scratch = loading.local_cache(values.cache_dir)
+        loading.convert(
+            folder, target, dtype=dtype, callback=report, scratch=scratch, remedy=remedy
+        )
     cli.say(report.line())
     cli.say(f"wrote {target}")
 
 
-def _target(text: str) -> Any:
-    if remote.is_bucket(text):
-        return remote.bucket_path(text)
-    path = Path(text).absolute()
-    checkpoint.wait(
-        path, on_wait=lambda: cli.say(f"waiting for another process that writes {path}")
-    )
-    return path
-
-
 def _existing(target: Any, parts: list[str], dtype: str | None) -> str | None:
     """The dtype of the checkpoint that the parts are to be added to, if there is one."""
-    if target is None or not checkpoint.is_checkpoint(target):
-        if target is not None and isinstance(target, Path):
-            checkpoint.check_free(target)
+    if target is None or not loading.is_checkpoint(target):
+        if isinstance(target, Path):
+            try:
+                checkpoint.check_free(target)
+            except ValueError as error:
+                raise ValueError(f"--dst {error}") from error
         return None
     if not isinstance(target, Path):
         raise ValueError(f"--dst {target} is there already; parts are added to local folders only")
@@ -112,4 +125,4 @@ def _describe(folder: Folder, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, advice="nothing of it is at --dst; the same command starts anew")
+    cli.run(main, advice="nothing new is at --dst; the same command starts anew")

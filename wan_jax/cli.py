@@ -103,7 +103,7 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
         return rest
 
     def guarded(_: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells its own story at INFO
+        logging.set_verbosity(logging.FATAL)  # Orbax tells its own story, errors in pages
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, _terminated)
@@ -122,8 +122,13 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
     app.run(guarded, flags_parser=parse)
 
 
+_received: list[int] = []
+
+
 def _terminated(signum: int, frame: Any) -> NoReturn:
     del frame
+    # Kept, as some callbacks of JAX swallow what is raised in them: the next progress raises again.
+    _received.append(signum)
     raise Stopped("terminated", signum)  # an exception, so that what is half-written is removed
 
 
@@ -149,6 +154,8 @@ class Reporter:
         self._started = 0.0
 
     def __call__(self, progress: Progress) -> None:
+        if _received:
+            raise Stopped("terminated", _received[0])
         if progress.done == 0 or self._bar is None:
             in_bytes = progress.stage in ("convert", "download", "upload", "export")
             self._bar = tqdm(

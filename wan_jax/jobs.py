@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from wan_jax.config import RELEASED, T2V_14B, WanConfig
 from wan_jax.outputs import Job
 from wan_jax.prompts import FLAG_OF, Entry, entries, parse_size
 from wan_jax.request import Request, make_request
-from wan_jax.weights import remote
+from wan_jax.weights import folders, remote
 
 _DEFAULTS = ("negative_prompt", "size", "frames", "steps", "shift", "guidance", "solver")
 
@@ -45,7 +44,8 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
     found = entries(values)
     for flag, folder in (("resume_dir", values.resume_dir), ("cache_dir", values.cache_dir)):
         if folder is not None and not (flag == "cache_dir" and remote.is_bucket(folder)):
-            _check_writable(flag, Path(folder))
+            with _naming(flag, folder):
+                folders.check_writable(Path(folder))
     path = values.ckpt_dir
     if path is not None and not Path(path).exists():  # elsewhere, if anywhere
         # What is wrong in any case is said before gigabytes are downloaded.
@@ -110,13 +110,6 @@ def _check_unsupported(values: flags.FlagValues) -> None:
         raise ValueError(
             "--use_prompt_extend is not supported so far; give the long prompt as --prompt"
         )
-
-
-def _check_writable(flag: str, folder: Path) -> None:
-    """Raise ValueError if this folder cannot be written to or made; nothing is made now."""
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"--{flag} {folder}: {place} is no folder that you may write to")
 
 
 # Settings

@@ -1,11 +1,13 @@
 """load(): from whatever the user has, on disk or elsewhere, to a Wan ready to run."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-import tempfile
+import re
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import jax
 from wan_jax.config import NANO_T2V, WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
 from wan_jax.tokenizer import load_tokenizer
-from wan_jax.weights import checkpoint, miniature, remote
+from wan_jax.weights import checkpoint, folders, miniature, remote
+from wan_jax.weights.hashes import FileHashes
 from wan_jax.weights.sources import PARTS, Folder, open_folder
 
 DTYPES = ("bfloat16", "float32")
+_REMEDY = "choose another cache_dir"
 Notify = Callable[[str], None]
 
 
@@ -60,7 +64,7 @@ def load(
     else:
         source = fetch(path, cache_dir=cache_dir, callback=callback, notify=say)
     folder = source
-    if not checkpoint.is_checkpoint(source):
+    if not is_checkpoint(source):
         folder = _converted(source, cache, dtype=dtype, callback=callback, say=say)
     checkpoint.check_whole(folder, dtype)
     config = checkpoint.read_config(folder)
@@ -114,9 +118,8 @@ def fetch(
         raise ValueError("the path is empty; a folder, a hub id or a gs:// path is needed")
     if remote.is_bucket(text):
         place = remote.bucket_path(text)
-        with remote.bucket_errors(text):
-            if checkpoint.is_checkpoint(place):
-                return place
+        if is_checkpoint(place):
+            return place
         return remote.download_bucket(
             text,
             _local(_cache(cache_dir)),
@@ -142,7 +145,7 @@ def read_config(path: Any) -> WanConfig:
     """
     if path is None:
         return NANO_T2V
-    if checkpoint.is_checkpoint(path):
+    if is_checkpoint(path):
         checkpoint.check_whole(path, "bfloat16")
         return checkpoint.read_config(path)
     return open_folder(path).config
@@ -154,29 +157,33 @@ def convert(
     *,
     dtype: str,
     callback: Callback | None = None,
-    remedy: str = "choose another cache_dir",
+    scratch: Path,
+    remedy: str = _REMEDY,
 ) -> None:
     """Convert PyTorch files into a checkpoint at `target`, also in a bucket; see checkpoint.write.
 
-    remedy: what an error about the disk advises.
+    scratch: a folder on this machine for what goes into a bucket. remedy: what an error about the
+    disk advises. For a local target, to be called within folders.alone(target).
     """
     on_bytes = in_bytes("convert", callback)
     if isinstance(target, Path):
         checkpoint.write(folder, target, dtype=dtype, on_bytes=on_bytes, remedy=remedy)
         return
     # Orbax cannot write piece by piece into a bucket: made here, then copied, the manifest last.
-    scratch = _local(target)
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".upload-", dir=scratch) as work:
-        local = Path(work) / "checkpoint"
-        checkpoint.write(folder, local, dtype=dtype, on_bytes=on_bytes, remedy=remedy)
-        upload = in_bytes("upload", callback)
-        remote.upload_folder(local, str(target), last=checkpoint.MANIFEST, callback=upload)
+    local = scratch / f"upload-{hashlib.sha256(str(target).encode()).hexdigest()[:12]}"
+    with folders.alone(local):
+        try:
+            shutil.rmtree(local, ignore_errors=True)  # a killed upload's
+            checkpoint.write(folder, local, dtype=dtype, on_bytes=on_bytes, remedy=remedy)
+            upload = in_bytes("upload", callback)
+            remote.upload_folder(local, str(target), last=checkpoint.MANIFEST, callback=upload)
+        finally:
+            shutil.rmtree(local, ignore_errors=True)
 
 
-def programs_dir(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """Where compiled programs are kept, on this machine."""
-    return _local(_cache(cache_dir)) / "programs"
+def local_cache(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The cache, or the default one if that is in a bucket: for what must be on this machine."""
+    return _local(_cache(cache_dir))
 
 
 def _local(cache: Any) -> Path:
@@ -207,16 +214,28 @@ def _converted(
 ) -> Any:
     folder = open_folder(source)
     target = _target(folder, cache, dtype=dtype)
-    if isinstance(target, Path):
-        message = f"waiting for another process that is converting into {target}"
-        checkpoint.wait(target, on_wait=lambda: say(message))
-    if checkpoint.is_checkpoint(target):
+    if is_checkpoint(target):
         return target
-    say(f"converting {source} once into {target}")
-    if callback is not None:
-        callback(Progress("convert", 0, 1))
-    convert(folder, target, dtype=dtype, callback=callback)
+    if isinstance(target, Path):
+        checkpoint.check(folder, target, dtype=dtype, remedy=_REMEDY)
+    waiting = f"waiting for another process that is converting into {target}"
+    held = folders.alone(target, on_wait=lambda: say(waiting)) if isinstance(target, Path) else None
+    with held or contextlib.nullcontext():
+        if is_checkpoint(target):
+            return target
+        say(f"converting {source} once into {target}")
+        if callback is not None:
+            callback(Progress("convert", 0, 1))
+        convert(folder, target, dtype=dtype, callback=callback, scratch=_local(cache))
     return target
+
+
+def is_checkpoint(path: Any) -> bool:
+    """checkpoint.is_checkpoint(), also in a bucket, whose errors are ValueErrors."""
+    if isinstance(path, Path):
+        return checkpoint.is_checkpoint(path)
+    with remote.bucket_errors(str(path)):
+        return checkpoint.is_checkpoint(path)
 
 
 def known_digest(
@@ -225,31 +244,38 @@ def known_digest(
     """The digest of what load() of a path that fetch() gave would have, if it is converted."""
     cache = _cache(cache_dir)
     place = _local(cache) / miniature.NAME if path is None else path
-    if not checkpoint.is_checkpoint(place):
+    if not is_checkpoint(place):
         if isinstance(place, Path) and not place.exists():
             return None
         place = _target(open_folder(place), cache, dtype=dtype)
-        if not checkpoint.is_checkpoint(place):
+        if not is_checkpoint(place):
             return None
     return str(checkpoint.read_manifest(place)["digest"])
 
 
 def _target(folder: Folder, cache: Any, *, dtype: str) -> Any:
     """Where in the cache a folder's conversion goes."""
-    return cache / f"{folder.path.resolve().name}-{dtype}-{_key(folder, dtype)}"
+    key = _key(folder, dtype, contents=not isinstance(cache, Path))
+    name = re.sub(r"[^\w.-]", "_", folder.path.resolve().name)
+    return cache / f"{name}-{dtype}-{key}"
 
 
-def _key(folder: Folder, dtype: str) -> str:
-    """A short name for what converting this folder would give: files, sizes, times and dtype."""
-    facts = [
-        str(folder.path.resolve()),
-        dtype,
-        str(checkpoint.FORMAT),
-        json.dumps(dataclasses.asdict(folder.config)),
-    ]
+def _key(folder: Folder, dtype: str, *, contents: bool) -> str:
+    """A short name for what converting this folder would give.
+
+    contents: by the files' contents, so that all machines agree; else by their places, sizes and
+    times, which are known at once.
+    """
+    facts = [dtype, str(checkpoint.FORMAT), json.dumps(dataclasses.asdict(folder.config))]
     assert folder.tokenizer is not None
     files = [file for source in folder.sources.values() for file in source.reader.files]
-    for file in (*files, folder.tokenizer / "tokenizer.json"):
-        status = file.stat()
-        facts.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
+    files = [*dict.fromkeys(files), folder.tokenizer / "tokenizer.json"]
+    if contents:
+        with FileHashes(files) as hashes:
+            facts += [hashes.of(file) for file in files]
+    else:
+        facts.append(str(folder.path.resolve()))
+        for file in files:
+            status = file.stat()
+            facts.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]

@@ -84,7 +84,7 @@ def _start(values: flags.FlagValues) -> None:
     if jax.default_backend() != "cpu" and not _cache_chosen():
         # Programs are kept: the next run starts in seconds and, as what was tuned by timing is kept
         # with them, gives the same bits.
-        programs = loading.programs_dir(values.cache_dir)
+        programs = loading.local_cache(values.cache_dir) / "programs"
         jax.config.update("jax_compilation_cache_dir", str(programs))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

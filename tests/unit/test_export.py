@@ -239,7 +239,9 @@ def test_second_names_of_tied_tensors_are_known(src: Path, dst: Path) -> None:
 
 def test_what_is_no_checkpoint(tiny_source: Path, tmp_path: Path, dst: Path) -> None:
     for src in (tiny_source, tmp_path / "absent"):
-        _refused(src, dst, f"src {src} is not a converted checkpoint; needed is a folder that")
+        _refused(
+            src, dst, f"src {src} is not a converted checkpoint; needed is a local folder that"
+        )
 
 
 def test_a_dst_that_exists(converted: Path, tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_a_dst_that_exists(converted: Path, tmp_path: Path) -> None:
         ({"parts": []}, "parts is ''; needed are some of dit,vae,umt5"),
         ({"layout": "comfyui"}, "layout 'comfyui'.*'original', 'diffusers'"),
         ({"dtype": "int8"}, "dtype 'int8'.*'source', 'float32', 'bfloat16', 'float16'"),
-        ({"max_shard": 0}, "max_shard_size 0 bytes .* a positive size"),
+        ({"max_shard": 0}, "max_shard_size of 0 bytes .* a positive size"),
     ],
 )
 def test_wrong_settings(converted: Path, dst: Path, settings: dict[str, Any], match: str) -> None:
@@ -267,7 +269,7 @@ def test_wrong_settings(converted: Path, dst: Path, settings: dict[str, Any], ma
 def test_a_full_disk(converted: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 2**26))
-    _refused(converted, dst, "needs 0.1 GB, 0.1 GB free at .*; set dst to a folder on another disk")
+    _refused(converted, dst, "needs 0.1 GB, 0.1 GB free at .*; choose another --dst")
 
 
 def test_what_a_layout_has_no_place_for(tmp_path: Path, dst: Path) -> None:

@@ -19,7 +19,7 @@ from tests.unit import fake_gcs, fake_hub
 from tests.unit.conftest import TINY
 from tests.unit.test_cli import ROOT, parse
 from wan_jax import jobs, loading
-from wan_jax.weights import remote, trees
+from wan_jax.weights import checkpoint, export, remote, trees
 from wan_jax.weights.sources import PARTS, open_folder
 
 ID = "organisation/tiny-model"
@@ -168,6 +168,15 @@ def test_files_of_both_layouts_are_wanted_and_nothing_else(names: set[str]) -> N
 
 def test_of_two_layouts_only_one_is_wanted() -> None:
     assert set(remote.wanted_files(NAMES | ORIGINAL, remote.PARTS, what="it")) == NAMES
+
+
+def test_what_is_exported_is_wanted(source: Path, tmp_path: Path) -> None:
+    checkpoint.write(open_folder(source), tmp_path / "orbax", dtype="float32")
+    for layout in export.LAYOUTS:
+        export.write(tmp_path / "orbax", tmp_path / layout, layout=layout)
+        names = set(tree(tmp_path / layout))
+        wanted = remote.wanted_files(names, PARTS, what="x")
+        assert set(wanted) >= {name for name in names if name.endswith(".safetensors")}
 
 
 def test_parts_choose_the_files() -> None:
@@ -583,14 +592,17 @@ def test_a_cache_in_a_bucket_serves_every_machine(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     said: list[str] = []
-    for _ in range(2):
-        same(wan_jax.load(source, cache_dir="gs://bucket/c", notify=said.append, **PLAIN), expected)
+    other = shutil.copytree(source, tmp_path / "other" / source.name)  # as on another machine
+    for file in other.rglob("*.*"):
+        os.utime(file, (1, 1))
+    for folder in (source, other):
+        same(wan_jax.load(folder, cache_dir="gs://bucket/c", notify=said.append, **PLAIN), expected)
     assert len(said) == 1
     assert said[0].startswith(f"converting {source} once into gs://bucket/c/source-bfloat16-")
     assert not list((tmp_path / "home").rglob("*.json"))  # nothing stays on this machine
-    (folder,) = {str(path.parent) for path in remote.bucket_path("gs://bucket/c").glob("*/*.json")}
-    same(wan_jax.load(folder, **PLAIN), expected)
-    assert loading.read_config(loading.fetch(folder)) == TINY
+    (place,) = {str(path.parent) for path in remote.bucket_path("gs://bucket/c").glob("*/*.json")}
+    same(wan_jax.load(place, **PLAIN), expected)
+    assert loading.read_config(loading.fetch(place)) == TINY
 
 
 # Orbax drops the reads that follow a failed one.
@@ -604,7 +616,9 @@ def test_a_conversion_goes_into_a_bucket(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     target = remote.bucket_path("gs://bucket/out")
-    loading.convert(open_folder(source), target, dtype="bfloat16")
+    scratch = tmp_path / "scratch"
+    loading.convert(open_folder(source), target, dtype="bfloat16", scratch=scratch)
+    assert not list(scratch.iterdir())
     same(wan_jax.load("gs://bucket/out", **PLAIN), expected)
     with pytest.raises(ValueError, match=r"gs://bucket/none"):
         wan_jax.load("gs://bucket/none", cache_dir=tmp_path / "cache")

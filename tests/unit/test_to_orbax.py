@@ -92,6 +92,7 @@ def test_the_script_converts_at_once_or_part_by_part(source: Path, tmp_path: Pat
         (["--src", "source"], "--dst is missing"),
         (["--src", "nowhere", "--dst", "x"], "--src nowhere: "),
         (["--src", "source", "--dst", "source"], "source exists and is no checkpoint"),
+        (["--src", "source", "--dst", "/proc/1/x"], "--dst /proc/1/x: /proc/1 is no folder"),
         (["--src", "source", "--dst", "x", "--parts", "clip"], "--parts has ['clip']"),
         (["--src", "source", "--dst", "x", "--parts", ""], "--parts"),
         (["--src", "source", "--dst", "x", "--dtype", "float16"], "--dtype"),
@@ -162,13 +163,130 @@ def test_parts_that_do_not_fit_are_not_added(source: Path, tmp_path: Path) -> No
     folder = open_folder(source, ("umt5",))
     narrow = folder.sources["umt5"].config.__class__(**(TINY.umt5.to_dict() | {"dim": 8}))
     object.__setattr__(folder.sources["umt5"], "config", narrow)
-    with pytest.raises(ValueError, match="the DiT reads text of width 16, UMT5 writes 8"):
+    with pytest.raises(
+        ValueError, match="source does not fit .*out: the DiT reads text of width 16"
+    ):
         checkpoint.add(folder, out, remedy="")
     assert sorted(path for path in out.rglob("*") if path.is_file()) == before
     assert other["d_model"] == 16
 
 
+def test_a_source_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path) -> None:
+    def change(done: int, total: int) -> None:
+        (source / DIT).touch()
+
+    with pytest.raises(ValueError, match=rf"{re.escape(str(source / DIT))} changed while it was"):
+        checkpoint.write(open_folder(source), tmp_path / "out", dtype="bfloat16", on_bytes=change)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_digest_tells_configurations_and_tokenizers_apart(source: Path, tmp_path: Path) -> None:
+    def digest(name: str) -> str:
+        checkpoint.write(open_folder(source), tmp_path / name, dtype="bfloat16")
+        return str(checkpoint.read_manifest(tmp_path / name)["digest"])
+
+    digests = [digest("a")]
+    config = source / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    heads = {"num_attention_heads": 1, "attention_head_dim": 32}
+    config.write_text(json.dumps(values | heads))
+    digests.append(digest("b"))
+    config.write_text(json.dumps(values))
+    tokenizer = source / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    digests.append(digest("c"))
+    assert len(set(digests)) == 3
+
+
+def test_numbers_that_the_dtype_cannot_hold_are_refused(source: Path, tmp_path: Path) -> None:
+    tensors = load_file(source / DIT)
+    name = "blocks.1.attn1.to_q.weight"
+    tensors[name][0, 0] = 3.4e38
+    save_file(tensors, source / DIT)
+    with pytest.raises(ValueError, match=rf"{name} goes up to 3\.[34].*e\+38, beyond bfloat16"):
+        checkpoint.write(open_folder(source), tmp_path / "out", dtype="bfloat16")
+    checkpoint.write(open_folder(source), tmp_path / "full", dtype="float32")
+    tensors[name] = tensors[name].astype(np.float64)
+    save_file(tensors, source / DIT)
+    with pytest.raises(ValueError, match=rf"{name} is stored as float64"):
+        checkpoint.write(open_folder(source), tmp_path / "out", dtype="float32")
+
+
+def test_links_and_files_are_no_place_for_a_checkpoint(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    (tmp_path / "file").touch()
+    wrong = {"link": "is a link", "file": "exists and is no checkpoint", "x[1]": "Orbax cannot"}
+    for name, words in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            checkpoint.write(open_folder(source), tmp_path / name, dtype="bfloat16")
+    checkpoint.write(open_folder(source), tmp_path / "big", dtype="bfloat16")
+    assert checkpoint.is_checkpoint(tmp_path / "big")
+
+
+def test_a_second_name_of_other_shape_is_refused(source: Path, tmp_path: Path) -> None:
+    file = source / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["encoder.embed_tokens.weight"] = np.zeros((3, 3), np.float32)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"encoder\.embed_tokens\.weight is not the same as"):
+        checkpoint.plan(open_folder(source), "bfloat16")
+
+
 # Processes that are killed, or race.
+
+
+def test_two_that_add_parts_at_once_lose_nothing(source: Path, tmp_path: Path) -> None:
+    """Whoever comes second waits and finds the other's part there, whatever the order."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, "--src", "source", "--dst", "x", "--parts", part],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.DEVNULL,
+        )
+        for part in ("dit", "vae", "umt5")
+    ]
+    assert [run.wait(120) for run in runs] == [0, 0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "x"]
+    assert wan_jax.load(tmp_path / "x", offload=True).config == TINY
+    assert set(arrays(tmp_path / "x")) == set(arrays_of(source, tmp_path))
+
+
+def arrays_of(source: Path, tmp_path: Path) -> dict[str, np.ndarray]:
+    checkpoint.write(open_folder(source), tmp_path / "whole", dtype="bfloat16")
+    return arrays(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_one_line_and_nothing_else_to_stay(
+    signum: int, source: Path, tmp_path: Path
+) -> None:
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, SCRIPT, "--src", "source", "--dst", "cache/out"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as run:
+            (tmp_path / "cache").mkdir(exist_ok=True)
+            while not list((tmp_path / "cache").glob(".out.partial-*")):
+                assert run.poll() is None
+                time.sleep(0.005)
+            run.send_signal(signum)
+            assert run.stderr is not None
+            said = run.stderr.read()
+        if run.returncode == 0:  # it had come to its end
+            shutil.rmtree(tmp_path / "cache" / "out")
+            continue
+        assert run.returncode == 128 + signum
+        assert "the same command starts anew" in said
+        assert not checkpoint.is_checkpoint(tmp_path / "cache" / "out")
+    out = tmp_path / "cache" / "out"
+    with folders.alone(out):
+        pass
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_what_a_killed_process_left_is_swept(source: Path, tmp_path: Path) -> None:
@@ -186,13 +304,12 @@ def test_what_a_killed_process_left_is_swept(source: Path, tmp_path: Path) -> No
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert len(list(out.parent.iterdir())) == 1 + moment  # nobody has swept yet
+        assert len(list(out.parent.glob(".out.partial-*"))) == 1 + moment  # nobody has swept yet
         assert not checkpoint.is_checkpoint(out)
         with pytest.raises(ValueError):
             wan_jax.load(out)
-    checkpoint.wait(out)
-    assert not list(out.parent.iterdir())
-    checkpoint.write(open_folder(source), out, dtype="bfloat16")
+    with folders.alone(out):
+        checkpoint.write(open_folder(source), out, dtype="bfloat16")
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert wan_jax.load(out, offload=True).config == TINY
 
@@ -256,9 +373,9 @@ def test_a_disk_without_locks_sweeps_nothing(
 
     monkeypatch.setattr(folders.fcntl, "flock", none)
     (tmp_path / ".out.partial-x").mkdir()
-    (tmp_path / ".out.partial-x" / ".writing").touch()
-    folders.wait_for_others(tmp_path / "out")
-    assert len(list(tmp_path.iterdir())) == 1
+    with folders.alone(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial-x"]
     with folders.written_whole(tmp_path / "out", is_whole=Path.is_dir) as work:
         (work / "file").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]

@@ -22,14 +22,14 @@ from orbax.checkpoint.experimental.v1 import partial
 
 from wan_jax.config import DiTConfig, UMT5Config, VAEConfig, WanConfig
 from wan_jax.weights import rules, trees
-from wan_jax.weights.folders import check_space, wait_for_others, written_whole
+from wan_jax.weights.folders import check_space, written_whole
 from wan_jax.weights.hashes import FileHashes
 from wan_jax.weights.sources import PARTS, Folder, PartConfig, Source, abstract_part
 
 CONFIG, MANIFEST, TOKENIZER = "config.json", "manifest.json", "tokenizer"
-FORMAT = 2
+FORMAT = 3
 _ADDED = "added"  # where parts that are added are written first
-_SPARE = 2**26  # bytes of disk beyond the arrays: the tokenizer, indices, JSON
+SPARE = 2**26  # bytes of disk beyond the arrays: the tokenizer, indices, JSON
 _GROUP_BYTES = 2**30  # arrays are handed to Orbax in groups of at most this, or alone
 _CONFIGS: dict[str, type[DiTConfig] | type[VAEConfig] | type[UMT5Config]] = {
     "dit": DiTConfig,
@@ -57,6 +57,10 @@ def _plan(source: Source, dtype: str) -> list[rules.Assignment]:
     targets = trees.flatten(abstract_part(source.config, jnp.dtype(dtype)))
     what = f"{_where(source)} ({source.part}, {source.naming} names)"
     names = list(source.reader.shapes())
+    shapes = source.reader.shapes()
+    for alias, name in source.table.aliases.items():
+        if alias in shapes and name in shapes and shapes[alias] != shapes[name]:
+            raise rules.MismatchError(f"{what} does not fit: {alias} is not the same as {name}")
     found = rules.resolve(source.table, targets, naming=source.naming, names=names, what=what)
     rules.check_shapes(found, source.reader, what=what)
     return found
@@ -79,19 +83,23 @@ def is_checkpoint(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / MANIFEST).is_file()
 
 
-def wait(path: Path, *, on_wait: Callable[[], None] | None = None) -> None:
-    """Wait for processes that write the same checkpoint; remove what killed ones left of it.
-
-    on_wait() is called before the first wait.
-    """
-    for place in (path, path / _ADDED):
-        wait_for_others(place, on_wait=on_wait)
-
-
 def check_free(path: Path) -> None:
     """Raise ValueError if something else than a checkpoint has this name."""
+    wild = sorted(set(str(path)) & set("*?[]"))
+    if wild:
+        raise ValueError(f"{path} has {' '.join(wild)} in it, which Orbax cannot read back")
+    if path.is_symlink() or os.path.ismount(path):
+        raise ValueError(f"{path} is a link or a mount point; give the name of a folder in it")
     if path.exists() and not is_checkpoint(path) and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no checkpoint of wan_jax; give another name")
+
+
+def check(folder: Folder, path: Path, *, dtype: str, remedy: str) -> Plans:
+    """The plans that write() would carry out; raises as it does before it writes anything."""
+    check_free(path)
+    plans = plan(folder, dtype)
+    check_space(path.parent, nbytes(plans) + SPARE, remedy=remedy)
+    return plans
 
 
 def write(
@@ -106,11 +114,10 @@ def write(
 
     on_bytes(done, total) reports bytes read. remedy: what an error about the disk advises.
     Raises ValueError before the first tensor is read if the files do not fit (see plan) or the
-    disk is too small, and for a tensor that holds NaN.
+    disk is too small, and for a tensor that holds NaN; OSError if the disk fails. To be called
+    within folders.alone(path).
     """
-    check_free(path)
-    plans = plan(folder, dtype)
-    check_space(path, nbytes(plans) + _SPARE, remedy=remedy)
+    plans = check(folder, path, dtype=dtype, remedy=remedy)
     with written_whole(path, is_whole=is_checkpoint) as work:
         parts = _fill(work, folder, plans, on_bytes=on_bytes)
         _write_json(work / CONFIG, _sections(folder))
@@ -120,18 +127,23 @@ def write(
 def add(folder: Folder, path: Path, *, on_bytes: OnBytes | None = None, remedy: str) -> None:
     """Convert PyTorch files into parts of the checkpoint at `path`, in its dtype.
 
-    Raises ValueError as write() does, and for a part that is there already. What fails or is
-    interrupted leaves the checkpoint as it was.
+    Raises as write() does, and ValueError for a part that is there already. What fails or is
+    interrupted leaves the parts that were there: one counts when the manifest, written last, names
+    it. To be called within folders.alone(path).
     """
     before = read_manifest(path)
     both = [part for part in folder.sources if part in before["parts"]]
     if both:
         raise ValueError(f"{path} has {', '.join(both)} already; remove it or give another name")
-    sections = json.loads((path / CONFIG).read_text(encoding="utf-8")) | _sections(folder)
+    with _explained(path):
+        sections = json.loads((path / CONFIG).read_text(encoding="utf-8")) | _sections(folder)
     if set(PARTS) <= set(sections):
-        WanConfig.from_json(json.dumps(sections))  # the networks must fit each other
+        try:
+            WanConfig.from_json(json.dumps(sections))
+        except ValueError as error:
+            raise ValueError(f"{folder.path} does not fit {path}: {error}") from error
     plans = plan(folder, before["dtype"])
-    check_space(path, nbytes(plans) + _SPARE, remedy=remedy)
+    check_space(path, nbytes(plans) + SPARE, remedy=remedy)
     # Inside, and so on the same disk: the parts are moved to their places.
     with written_whole(path / _ADDED, is_whole=Path.is_dir) as work:
         parts = _fill(work, folder, plans, on_bytes=on_bytes)
@@ -155,15 +167,20 @@ def _fill(work: Path, folder: Folder, plans: Plans, *, on_bytes: OnBytes | None)
         if on_bytes is not None:
             on_bytes(min(done, total - 1), total)
 
-    files = [file for source in folder.sources.values() for file in source.reader.files]
-    with FileHashes(list(dict.fromkeys(files))) as hashes:  # one file may hold several networks
+    # One file may hold several networks.
+    files = list(dict.fromkeys(f for s in folder.sources.values() for f in s.reader.files))
+    stamps = [_stamp(file) for file in files]
+    with FileHashes(files) as hashes:
         for part, items in plans.items():
             source = folder.sources[part]
             what = str(_where(source))
             _save(work / part, rules.apply(items, source.reader, what=what, progress=progress))
         if folder.tokenizer is not None:
-            _copy_files(folder.tokenizer, work / TOKENIZER)
-        parts = {part: _entry(folder.sources[part], plans[part], hashes) for part in plans}
+            copy_files(folder.tokenizer, work / TOKENIZER)
+        parts = {part: _entry(folder, part, plans[part], hashes) for part in plans}
+    changed = [f for f, stamp in zip(files, stamps, strict=True) if _stamp(f) != stamp]
+    if changed:
+        raise ValueError(f"{changed[0]} changed while it was read; convert it again")
     if on_bytes is not None:
         on_bytes(total, total)
     return parts
@@ -185,18 +202,28 @@ def _save(path: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
         for name, array in arrays:
             # Before it grows by another: Orbax needs as much again as the group has.
             if sum(a.nbytes for a in (*group.values(), array)) > _GROUP_BYTES and group:
-                partial.save(path, group)
+                with _writing(path):
+                    partial.save(path, group)
                 group = {}
             group[name] = array
             del array  # or it would live on while the next one is made
-        if group:
-            partial.save(path, group)
-        partial.finalize(path)
+        with _writing(path):
+            if group:
+                partial.save(path, group)
+            partial.finalize(path)
 
 
-def _copy_files(source: Path, target: Path) -> None:
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0][:200]}") from error
+
+
+def copy_files(source: Path, target: Path) -> None:
     """Contents only: a read-only source must not make a cache that cannot be removed."""
-    target.mkdir()
+    target.mkdir(parents=True)
     for file in source.iterdir():
         if file.is_file():
             shutil.copyfile(file, target / file.name)
@@ -209,7 +236,18 @@ def _sections(folder: Folder) -> dict[str, Any]:
     )
 
 
-def _entry(source: Source, items: list[rules.Assignment], hashes: FileHashes) -> dict[str, Any]:
+def _stamp(file: Path) -> tuple[int, int, int]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _entry(
+    folder: Folder, part: str, items: list[rules.Assignment], hashes: FileHashes
+) -> dict[str, Any]:
+    source = folder.sources[part]
+    facts = json.dumps(source.config.to_dict(), sort_keys=True).encode()
+    if part == "umt5" and folder.tokenizer is not None:
+        facts += (folder.tokenizer / "tokenizer.json").read_bytes()
     stored = {name: kind for name, (_, kind) in source.reader.shapes().items()}
     used = [name for item in items for name in item.sources]
     common = Counter(stored[name] for name in used).most_common(1)[0][0]
@@ -218,6 +256,7 @@ def _entry(source: Source, items: list[rules.Assignment], hashes: FileHashes) ->
         "naming": source.naming,
         "rules": len(items),
         "tensors": len(used),
+        "facts_sha256": hashlib.sha256(facts).hexdigest(),  # the configuration and the tokenizer
         "dtype": common,
         "dtypes": {name: stored[name] for name in used if stored[name] != common},
         "files": {
@@ -234,12 +273,15 @@ def _manifest(parts: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _digest(parts: Mapping[str, Any]) -> str:
-    """A name for the contents of all source files, whatever they are called and wherever."""
+    """A name for all that makes the checkpoint, whatever its files are called and wherever."""
     facts = {
-        part: sorted(file["sha256"] for file in parts[part]["files"].values())
-        for part in sorted(parts)
+        part: [
+            sorted(file["sha256"] for file in entry["files"].values()),
+            entry["facts_sha256"],
+        ]
+        for part, entry in parts.items()
     }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

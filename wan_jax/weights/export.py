@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from wan_jax.config import Defaults, DiTConfig, VAEConfig
 from wan_jax.weights import checkpoint, dit, rules, trees, umt5, vae
 from wan_jax.weights.checkpoint import OnBytes
 from wan_jax.weights.facts import one_line, read_json
-from wan_jax.weights.folders import check_space, wait_for_others, written_whole
+from wan_jax.weights.folders import alone, check_space, check_writable, written_whole
 from wan_jax.weights.rules import Rule, Shape, Table
 from wan_jax.weights.sources import DEFAULTS_FILE, PARTS, PartConfig, abstract_part, part_table
 
 LAYOUTS = ("original", "diffusers")
 DTYPES = ("source", "float32", "bfloat16", "float16")
 MAX_SHARD = 5 * 10**9  # bytes, as in Diffusers and transformers
-_SPARE = 2**26  # bytes of disk beyond the tensors: the tokenizer, indices, JSON
 _GROUP_BYTES = 2**27  # small parameters are read together, up to this size
 _NAMINGS = {"original": "wan", "diffusers": "diffusers"}
 _TOKENIZERS = {"original": "google/umt5-xxl", "diffusers": "tokenizer"}
@@ -124,41 +122,42 @@ def write(
     """
     if layout not in LAYOUTS or dtype not in DTYPES or max_shard < 1:
         raise ValueError(
-            f"layout {layout!r}, dtype {dtype!r} and max_shard_size {max_shard} bytes were given; "
+            f"--layout {layout!r}, --dtype {dtype!r}, --max_shard_size of {max_shard} bytes given; "
             f"needed are one of {LAYOUTS}, one of {DTYPES} and a positive size"
         )
-    wait_for_others(dst)
-    if dst.exists() or dst.is_symlink():
-        raise ValueError(f"dst {dst} exists already; give the name of a folder that does not")
-    chosen = _chosen(src, parts)
-    networks = {part: _open(src, part, layout=layout, dtype=dtype) for part in chosen}
-    configs = {part: _description(network, layout) for part, network in networks.items()}
-    others = _other_files(src, layout, chosen)
-    needed = sum(network.nbytes for network in networks.values()) + _SPARE
-    check_space(dst, needed, remedy="set dst to a folder on another disk")
-    with written_whole(dst, is_whole=lambda _: False) as work:
-        _write_networks(work, networks, layout=layout, max_shard=max_shard, on_bytes=on_bytes)
-        for part, values in configs.items():
-            if values is not None:
-                others[_PLACES[layout][part].with_name(checkpoint.CONFIG)] = values
-        for file, values in others.items():
-            _write_json(work / file, values)
-        if "umt5" in networks:
-            _copy_files(src / checkpoint.TOKENIZER, work / _TOKENIZERS[layout])
+    check_writable(dst.parent)
+    with alone(dst):
+        if dst.exists() or dst.is_symlink():
+            raise ValueError(f"--dst {dst} exists already; give the name of a folder that does not")
+        chosen = _chosen(src, parts)
+        networks = {part: _open(src, part, layout=layout, dtype=dtype) for part in chosen}
+        configs = {part: _description(network, layout) for part, network in networks.items()}
+        others = _other_files(src, layout, chosen)
+        needed = sum(network.nbytes for network in networks.values()) + checkpoint.SPARE
+        check_space(dst.parent, needed, remedy="choose another --dst")
+        with written_whole(dst, is_whole=lambda _: False) as work:
+            _write_networks(work, networks, layout=layout, max_shard=max_shard, on_bytes=on_bytes)
+            for part, values in configs.items():
+                if values is not None:
+                    others[_PLACES[layout][part].with_name(checkpoint.CONFIG)] = values
+            for file, values in others.items():
+                _write_json(work / file, values)
+            if "umt5" in networks:
+                checkpoint.copy_files(src / checkpoint.TOKENIZER, work / _TOKENIZERS[layout])
 
 
 def _chosen(src: Path, parts: Sequence[str] | None) -> list[str]:
     """The parts to write, in their usual order."""
     if not checkpoint.is_checkpoint(src):
         raise ValueError(
-            f"src {src} is not a converted checkpoint; needed is a folder that convert/to_orbax.py "
-            f"wrote, with {checkpoint.CONFIG} and {checkpoint.MANIFEST}"
+            f"--src {src} is not a converted checkpoint; needed is a local folder that "
+            f"convert/to_orbax.py wrote, with {checkpoint.CONFIG} and {checkpoint.MANIFEST}"
         )
     there = [part for part in PARTS if part in checkpoint.read_manifest(src)["parts"]]
     wanted = there if parts is None else list(parts)
     unknown = [part for part in wanted if part not in PARTS]
     if unknown or not wanted:
-        raise ValueError(f"parts is {','.join(wanted)!r}; needed are some of {','.join(PARTS)}")
+        raise ValueError(f"--parts is {','.join(wanted)!r}; needed are some of {','.join(PARTS)}")
     missing = [part for part in wanted if part not in there]
     if missing:
         raise ValueError(
@@ -389,11 +388,3 @@ def _save(place: Path, tensors: Iterator[tuple[str, np.ndarray]], *, limit: int 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _copy_files(source: Path, target: Path) -> None:
-    """Contents only: what is read-only in the checkpoint need not be in the copy."""
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, target / file.name)

@@ -40,7 +40,7 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON number")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error says, in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 

@@ -10,20 +10,25 @@ import functools
 import glob
 import hashlib
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from wan_jax.weights.folders import check_space
+from wan_jax.weights.facts import one_line
+from wan_jax.weights.folders import alone, check_space
 from wan_jax.weights.sources import DEFAULTS_FILE, PARTS, UMT5_PTH, VAE_PTH
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 CLIP_PTH = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 Notify = Callable[[str], None]
 OnBytes = Callable[[int, int], None]
+
+
+def _as_safetensors(name: str) -> str:
+    """The name that to_safetensors.py gives to what the original keeps in a .pth."""
+    return name.replace(".pth", ".safetensors")
+
 
 # Of each part the files of the Diffusers layout, of the original one and of ComfyUI's, weights
 # first. open_folder() looks for the layouts in this order.
@@ -33,10 +38,15 @@ _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("diffusion_pytorch_model*.safetensors*", "config.json"),
         ("diffusion_models/*.safetensors",),
     ),
-    "vae": (("vae/*.safetensors", "vae/*.json"), (VAE_PTH,), ("Wan2.1_VAE.safetensors",)),
+    "vae": (
+        ("vae/*.safetensors", "vae/*.json"),
+        (VAE_PTH,),
+        (VAE_PTH.replace(".pth", ".safetensors"),),
+    ),
     "umt5": (
         ("text_encoder/*.safetensors", "text_encoder/*.json"),
         (UMT5_PTH,),
+        (_as_safetensors(UMT5_PTH),),
         ("text_encoders/*.safetensors",),
     ),
     "clip": (
@@ -158,7 +168,7 @@ def _hub_message(text: str, error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_LINE] or type(error).__name__
+    return one_line(error)[:_LINE]
 
 
 def bucket_path(text: str) -> Any:
@@ -230,24 +240,34 @@ def download_bucket(
     facts = [f"{name} {size} {files[name].get('generation')}" for name, size in sizes.items()]
     digest = hashlib.sha256("\n".join([path, *facts]).encode()).hexdigest()[:12]
     target = cache / f"{path.split('/')[-1]}-{digest}"
-    held = {f.relative_to(target).as_posix(): f.stat().st_size for f in target.rglob("*.*")}
-    missing = [name for name, size in sizes.items() if held.get(name) != size]
-    needed = sum(sizes[name] for name in missing)
-    total = sum(sizes.values())
-    done = total - needed
+    missing = _missing(target, sizes)
+    if not missing:
+        return target
+    needed = sum(missing.values())
+    check_space(target, needed, remedy="set cache_dir to a folder on another disk")
+    notify(f"downloading {needed / 1e9:.1f} GB of {path} into {target}")
+    with alone(target):
+        for left in list(target.rglob(".*.partial")):  # of a process that was killed
+            left.unlink()
+        missing = _missing(target, sizes)  # another process may have brought some
+        done, total = sum(sizes.values()) - sum(missing.values()), sum(sizes.values())
 
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        if callback is not None:
-            callback(done, total)
+        def step(count: int) -> None:
+            nonlocal done
+            done += count
+            if callback is not None:
+                callback(done, total)
 
-    if missing:
-        check_space(cache, needed, remedy="set cache_dir to a folder on another disk")
-        notify(f"downloading {needed / 1e9:.1f} GB of {path} into {target}")
-    for name in missing:
-        _fetch(filesystem, root + name, target / name, size=sizes[name], step=step)
+        for name, size in missing.items():
+            source = f"{path.removeprefix('gs://')}/{name}"
+            _fetch(filesystem, source, target / name, size=size, step=step)
     return target
+
+
+def _missing(target: Path, sizes: dict[str, int]) -> dict[str, int]:
+    """The files, and their sizes, that are not in the folder in that size."""
+    held = {f.relative_to(target).as_posix(): f.stat().st_size for f in target.rglob("*.*")}
+    return {name: size for name, size in sizes.items() if held.get(name) != size}
 
 
 def _fetch(
@@ -255,10 +275,9 @@ def _fetch(
 ) -> None:
     """Write an object into a file, which appears when it is whole; step is told bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: another process may be fetching the same file.
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
+    work = target.with_name(f".{target.name}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with work.open("wb") as file:
             for first in range(0, size, _PIECE * _AT_ONCE):
                 starts = list(range(first, min(first + _PIECE * _AT_ONCE, size), _PIECE))
                 ends = [min(start + _PIECE, size) for start in starts]
@@ -269,10 +288,9 @@ def _fetch(
                     raise ValueError(f"gs://{source} changed while it was read; run again")
                 file.writelines(pieces)
                 step(ends[-1] - first)
-        Path(name).chmod(0o644)
-        os.replace(name, target)
+        work.replace(target)
     finally:
-        Path(name).unlink(missing_ok=True)
+        work.unlink(missing_ok=True)
 
 
 def upload_folder(folder: Path, target: str, *, last: str, callback: OnBytes | None = None) -> None:
@@ -289,6 +307,7 @@ def upload_folder(folder: Path, target: str, *, last: str, callback: OnBytes | N
     arrays = [f for f in files if f not in index and f != folder / last]
     with bucket_errors(target):
         filesystem = _bucket_filesystem()
+        before = {f"gs://{name}" for name in filesystem.find(target)}  # maybe another host's
         try:
             for wave in (arrays, index, [folder / last]):
                 for first in range(0, len(wave), _AT_ONCE // 2):
@@ -301,5 +320,5 @@ def upload_folder(folder: Path, target: str, *, last: str, callback: OnBytes | N
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 held = {f"gs://{name}" for name in filesystem.find(target)}
                 if names[folder / last] not in held:  # or another host has finished it
-                    filesystem.rm(sorted(held & set(names.values())))
+                    filesystem.rm(sorted(held & set(names.values()) - before))
             raise

@@ -166,7 +166,7 @@ def check_task(shapes: Mapping[str, Shape], file: Path) -> None:
         kind = "is an image-to-video checkpoint (its DiT has 36 input channels)"
     elif channels == (48,):
         kind = "is a Wan2.2 or control checkpoint (its DiT has 48 input channels)"
-    elif re.search(r"wan[-_.]?2[-_.]2|(high|low)_noise", file.name.lower()):
+    elif re.search(r"wan[-_.]?2[-_.]2|(high|low)_noise", "/".join(file.parts[-2:]).lower()):
         kind = "is, by its name, half of a Wan2.2 checkpoint"
     else:
         return

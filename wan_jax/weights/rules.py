@@ -183,7 +183,7 @@ def check_shapes(plan: Sequence[Assignment], reader: Reader, *, what: str = "che
             shape, dtype = shapes[name]
             if shape != item.source_shape:
                 wrong.append(f"{name} has shape {list(shape)}, needed {list(item.source_shape)}")
-            elif not dtype.startswith(("float", "bfloat16")) or dtype.startswith("float8"):
+            elif dtype not in ("float32", "float16", "bfloat16"):
                 wrong.append(f"{name} is stored as {dtype}, needed float32, float16 or bfloat16")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -200,36 +200,29 @@ def apply(
     """Yield (target path, array in the target's shape and dtype), one target in memory at a time.
 
     progress is called with the number of bytes read after each source tensor. Raises MismatchError
-    naming a tensor that holds NaN or infinite values, as damaged files do.
+    naming a tensor that holds NaN or infinite values, as damaged files do, or would in the dtype.
     """
     for item in plan:
         dtype = np.dtype(item.abstract.dtype)
-        if not item.stacked:
-            source = _read(reader, item.sources[0], what)
-            count = source.nbytes
-            target = np.ascontiguousarray(item.layout.apply(source), dtype)
-            del source
-            yield item.target, target
-            del target
-            if progress is not None:
-                progress(count)
-            continue
         target = np.empty(item.abstract.shape, dtype)
         for i, name in enumerate(item.sources):
-            source = _read(reader, name, what)
-            target[i] = item.layout.apply(source)
+            source = reader.read(name)
+            part = target[i] if item.stacked else target
+            with np.errstate(over="ignore"):
+                part[...] = item.layout.apply(source)
+            if not np.isfinite(part).all():
+                raise MismatchError(_not_finite(source, name, dtype, what))
             if progress is not None:
                 progress(source.nbytes)
             del source
         yield item.target, target
-        del target  # or it would live on while the next one is filled
+        del target, part  # or they would live on while the next one is filled
 
 
-def _read(reader: Reader, name: str, what: str) -> np.ndarray:
-    source = reader.read(name)
-    if not np.isfinite(source).all():
-        raise MismatchError(f"{what} is damaged: {name} holds NaN or infinite values")
-    return source
+def _not_finite(source: np.ndarray, name: str, dtype: np.dtype, what: str) -> str:
+    if np.isfinite(source).all():
+        return f"{what} does not fit: {name} goes up to {np.abs(source).max()}, beyond {dtype}"
+    return f"{what} is damaged: {name} holds NaN or infinite values"
 
 
 def export(
