@@ -218,6 +218,7 @@ def test_a_signal_in_any_stage_keeps_what_there_is(
         tell(self, progress)
 
     monkeypatch.setattr(cli.Reporter, "__call__", signalled)
+    monkeypatch.setattr(cli, "_received", [])
     arguments = ["--resume_dir", "states", "--save_file", "x.npz", "--base_seed", "1"]
     before = signal.signal(signal.SIGTERM, cli._terminated)
     try:
