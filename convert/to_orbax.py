@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout's own wan_jax, as for run_*.py
@@ -118,9 +119,11 @@ def _describe(folder: Folder, dtype: str) -> None:
         source = folder.sources[part]
         tensors = sum(len(item.sources) for item in items)
         kinds = sorted({kind for _, kind in source.reader.shapes().values()})
+        written = sorted({str(np.dtype(item.abstract.dtype)) for item in items})
         cli.say(
             f"{part}: {tensors} tensors ({source.naming} names, {', '.join(kinds)}) -> "
-            f"{len(items)} arrays, {checkpoint.nbytes({part: items}) / 1e9:.2f} GB"
+            f"{len(items)} arrays ({', '.join(written)}), "
+            f"{checkpoint.nbytes({part: items}) / 1e9:.2f} GB"
         )
 
 

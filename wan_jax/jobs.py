@@ -42,7 +42,8 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
     _check_unsupported(values)
     settings = _settings(values, configs)
     found = entries(values)
-    for flag, folder in (("resume_dir", values.resume_dir), ("cache_dir", values.cache_dir)):
+    cache = values.cache_dir or str(loading.default_cache_dir())
+    for flag, folder in (("resume_dir", values.resume_dir), ("cache_dir", cache)):
         if folder is not None and not (flag == "cache_dir" and remote.is_bucket(folder)):
             with _naming(flag, folder):
                 folders.check_writable(Path(folder))

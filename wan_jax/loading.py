@@ -148,7 +148,15 @@ def read_config(path: Any) -> WanConfig:
     if is_checkpoint(path):
         checkpoint.check_whole(path, "bfloat16")
         return checkpoint.read_config(path)
-    return open_folder(path).config
+    return _open(path).config
+
+
+def _open(path: Path) -> Folder:
+    if (path / "dit" / "state").is_dir() and not (path / checkpoint.MANIFEST).exists():
+        raise ValueError(
+            f"{path} is a converted checkpoint without {checkpoint.MANIFEST}; convert it again"
+        )
+    return open_folder(path)
 
 
 def convert(
@@ -212,7 +220,7 @@ def _random_miniature(cache: Path, say: Notify) -> Path:
 def _converted(
     source: Path, cache: Any, *, dtype: str, callback: Callback | None, say: Notify
 ) -> Any:
-    folder = open_folder(source)
+    folder = _open(source)
     target = _target(folder, cache, dtype=dtype)
     if is_checkpoint(target):
         return target

@@ -24,7 +24,8 @@ def load_noise(path: str | os.PathLike[str], *, shape: tuple[int, ...]) -> np.nd
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
     except Exception as error:  # NumPy's parser fails in a dozen ways, all of them the file's fault
-        raise ValueError(f"noise file {str(path)!r} cannot be read: {error}; {accepted}") from error
+        why = "it is no array of numbers" if "pickle" in str(error) else error
+        raise ValueError(f"noise file {str(path)!r} cannot be read: {why}; {accepted}") from error
     if not hasattr(loaded, "dtype"):
         raise ValueError(f"noise file {str(path)!r} is an .npz archive; {accepted}")
     if not np.issubdtype(loaded.dtype, np.floating):

@@ -113,13 +113,16 @@ def _make(
         npz = job.output.suffix.lower() == ".npz"
         # One frame goes as floats: what becomes an image is rounded, what becomes a video is not.
         floats = npz or job.settings["frames"] == 1
-        media.save_video(
-            wan.decode(latents, dtype="float32" if floats else "uint8", callback=report),
-            job.output,
-            fps=wan.config.defaults.fps,
-            latents=np.asarray(latents)[0] if npz else None,
-            metadata=described,
-        )
+        try:
+            media.save_video(
+                wan.decode(latents, dtype="float32" if floats else "uint8", callback=report),
+                job.output,
+                fps=wan.config.defaults.fps,
+                latents=np.asarray(latents)[0] if npz else None,
+                metadata=described,
+            )
+        except OSError as error:
+            raise OSError(f"{job.output} cannot be written: {error}") from error
         labels.write_json(record, record_path(whole))
     run.finish()
     say(f"saved {media.output_path(job.output, job.settings['frames'])}")

@@ -527,10 +527,18 @@ def test_a_tokenizer_without_its_file(source: Path, cache: Path) -> None:
 def test_checkpoints_that_are_damaged(source: Path, cache: Path) -> None:
     _load(source, cache)
     (folder,) = cache.iterdir()
-    shutil.rmtree(folder / "vae")
     damaged = _load(folder, cache)
+    (folder / "vae" / "state").rename(folder / "hidden")
     with pytest.raises(ValueError, match=re.escape(f"{folder / 'vae'} is not a whole Orbax")):
         damaged.network("vae")
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ValueError, match=re.escape(f"{folder} has lost its folder vae; convert")):
+        _load(folder, cache)
+    (folder / "vae").mkdir()
+    manifest = (folder / checkpoint.MANIFEST).rename(folder / "hidden.json")
+    with pytest.raises(ValueError, match="is a converted checkpoint without manifest.json"):
+        _load(folder, cache)
+    manifest.rename(folder / checkpoint.MANIFEST)
     config = folder / checkpoint.CONFIG
     values = json.loads(config.read_text())
     for text in ("{", "5", json.dumps(values | {"dit": {}}), json.dumps(values | {"clip": {}})):

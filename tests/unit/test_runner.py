@@ -137,9 +137,9 @@ def test_one_that_fails_does_not_keep_the_others_back(
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     with pytest.raises(RuntimeError, match="1 of 2 videos failed"):
         run("--prompts_file", "p.jsonl")
-    assert "failed bad.npz: no space left" in capsys.readouterr().err
+    assert "failed bad.npz: bad.npz cannot be written: no space left" in capsys.readouterr().err
     assert (tmp_path / "good.npz").exists()
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match=r"bad\.npz cannot be written: no space"):
         run("--save_file", "bad.npz")
 
 

@@ -305,6 +305,9 @@ def check_whole(path: Path, dtype: str) -> None:
             f"{path} has no {', '.join(missing)}; add with `python convert/to_orbax.py --src DIR "
             f"--dst {path} --parts {','.join(missing)} --dtype {manifest['dtype']}`"
         )
+    lost = [part for part in (*PARTS, TOKENIZER) if not (path / part).is_dir()]
+    if lost:
+        raise ValueError(f"{path} has lost its folder {lost[0]}; convert it again")
     if dtype == "float32" and manifest["dtype"] != "float32":
         raise ValueError(
             f"{path} was converted to {manifest['dtype']}; for dtype float32 load the folder it "
@@ -349,6 +352,8 @@ def restore(
     try:
         arrays = ocp.load(path / part, wanted)
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        line = str(error).splitlines()[0][:300]
-        raise ValueError(f"{path / part} is not a whole Orbax checkpoint: {line}") from error
+        line = str(error).splitlines()[0].split(" See full")[0][:160]
+        raise ValueError(
+            f"{path / part} is not a whole Orbax checkpoint ({line}); convert it again"
+        ) from error
     return trees.fill(module, arrays)

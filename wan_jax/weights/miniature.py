@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from wan_jax.config import NANO_T2V, WanConfig
@@ -45,7 +46,10 @@ def _write(path: Path, config: WanConfig, seed: int) -> None:
         targets = trees.flatten(abstract_part(part, jnp.float32))
         arrays = {target: _random(target, leaf.shape, stream) for target, leaf in targets.items()}
         tensors = dict(rules.export(part_table(part), arrays, naming="diffusers"))
-        save_file(tensors, folder / f"{file}.safetensors")
+        try:
+            save_file(tensors, folder / f"{file}.safetensors")
+        except SafetensorError as error:  # a full disk, mostly
+            raise OSError(f"{path} cannot be written: {error}") from error
         (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     write_byte_tokenizer(path / "tokenizer", vocab_size=config.umt5.vocab_size)
     defaults = dataclasses.asdict(config.defaults)
