@@ -32,6 +32,7 @@ setup(
         "ftfy>=6.1",
         "huggingface_hub>=1.0",
         "imageio[ffmpeg]>=2.34",
+        "pillow>=10.3",
         "safetensors>=0.5",
         "tokenizers>=0.20",
         "tqdm>=4.66",

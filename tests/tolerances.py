@@ -73,3 +73,18 @@ SAMPLER_MATTERS = 0.01  # guidance and conditions move the latents at least so f
 PIPELINE_MEMBER = 1e-5  # float32 sums in another order when the batch is larger; measured 0
 PIPELINE_LEVEL = 0.01  # of one of 255: a float32 frame beside the one its program truncated
 PIPELINE_BFLOAT16 = 0.02  # eight bits through two networks, grown by guidance; measured 5e-3
+
+# CLIP
+CLIP_TORCH_MULTIPLE = 3.0  # of torch's own float32 distance from float64; measured 0.8
+CLIP_TORCH_MULTIPLE_BFLOAT16 = 1.5  # of torch's own bfloat16 distance from float64; measured 0.93
+CLIP_BFLOAT16 = 0.02  # eight bits through three blocks and the residual stream; measured 7e-3
+CLIP_PADDING = 1e-6  # longer or batched float32 sums in another order; measured 1e-7
+CLIP_FLOAT32 = 2.5e-7  # a few float32 roundings of numbers near 1; measured 9e-8
+CLIP_MATTERS = 0.01  # a real change moves the result at least so far
+
+# Images and conditioning
+IMAGE_LEVEL = 2.5e-7  # two float32 roundings of numbers up to 1
+IMAGE_JPEG = 0.03  # of -1..1: blocks of one colour at the best quality, 4 levels of 255
+IMAGE_RESIZE = 1e-5  # float32 sums in another order; measured 2e-6, positions without FMA 7e-4
+IMAGE_FLAT = 1e-6  # sixteen float32 weights that add up to one
+CONDITIONING_LATENTS = 1e-5  # resizes 2e-6 apart through a VAE; measured 7e-7

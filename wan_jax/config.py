@@ -66,7 +66,11 @@ class _Json:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTConfig(_Json):
-    """The diffusion transformer. `in_channels` counts what enters the patch embedding."""
+    """The diffusion transformer. `in_channels` counts what enters the patch embedding.
+
+    image_dim: width of the image tokens that the blocks attend to as well; None for text to video.
+    image_positions: length of the learned table that is added to them, as for two images; or None.
+    """
 
     dim: int
     ffn_dim: int
@@ -79,8 +83,17 @@ class DiTConfig(_Json):
     freq_dim: int = 256
     patch_size: tuple[int, ...] = (1, 2, 2)
     eps: float = 1e-6
+    image_dim: int | None = None
+    image_positions: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("image_dim", "image_positions"):
+            if getattr(self, name) is not None:
+                _check_positive(self, name)
+        _require(
+            self.image_positions is None or self.image_dim is not None,
+            "DiTConfig.image_positions needs an image_dim",
+        )
         _check_positive(
             self, "dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels"
         )
@@ -154,6 +167,48 @@ class UMT5Config(_Json):
         _check_positive(self, "vocab_size", "dim", "num_heads", "head_dim", "ffn_dim", "num_layers")
         _check_positive(self, "num_buckets", "max_distance")
         _check_eps(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPConfig(_Json):
+    """The vision tower of CLIP, for square images of image_size pixels.
+
+    num_layers counts the blocks of the released tower. Wan2.1 leaves out the last one.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1280
+    num_heads: int = 16
+    num_layers: int = 32
+    ffn_dim: int = 5120
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "image_size", "patch_size", "dim", "num_heads", "num_layers")
+        _check_positive(self, "ffn_dim")
+        _check_eps(self)
+        _require(
+            self.num_layers > 1,
+            f"CLIPConfig.num_layers is {self.num_layers}; at least 2 are needed, for the last is "
+            "left out",
+        )
+        for whole, part in (("dim", "num_heads"), ("image_size", "patch_size")):
+            values = getattr(self, whole), getattr(self, part)
+            _require(
+                values[0] % values[1] == 0,
+                f"CLIPConfig.{whole} {values[0]} must be a multiple of {part} {values[1]}",
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image: its class and its patches."""
+        return 1 + self.grid**2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The diffusion transformer of Wan2.1, at four seams: prepare, embed, blocks, head.
 
-    cond   = dit.prepare(context)            once a prompt
+    cond   = dit.prepare(context, image)     once a prompt
     h, mod = dit.embed(latents, t)           once a step
     h      = dit.blocks(h, mod, cond)        the scanned stack, or a slice of it
     v      = dit.head(h, mod)
@@ -28,6 +28,7 @@ from wan_jax.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    gelu,
     gelu_tanh,
     layer_norm,
     linear,
@@ -37,13 +38,20 @@ from wan_jax.layers import (
 
 Array = jax.Array
 MAX_TIMESTEP = 1000
+IMAGE_EPS = 1e-5  # of the norms around the image MLP, PyTorch's default
 
 
 class Cond(NamedTuple):
-    """Cross-attention keys and values of every block, [i, b, s, n, k] in the kernels' dtype."""
+    """Cross-attention keys and values of every block, [i, b, s, n, k] in the kernels' dtype.
+
+    k_img, v_img: those of the image tokens, which share the queries and have a softmax of their
+    own; None in text to video.
+    """
 
     k: Array
     v: Array
+    k_img: Array | None = None
+    v_img: Array | None = None
 
 
 @functools.partial(
@@ -74,6 +82,30 @@ class Attention(nnx.Module):
         self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
 
 
+class CrossAttention(Attention):
+    """Attention to the text and, where the network takes an image, to its tokens."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        super().__init__(config, rngs=rngs, dtype=dtype)
+        d = config.dim
+        if config.image_dim is not None:
+            self.k_img, self.v_img = (Linear(d, d, rngs=rngs, dtype=dtype) for _ in range(2))
+            self.norm_k_img = RMSNorm(d)
+
+
+class ImageMLP(nnx.Module):
+    """CLIP's tokens [b, s, image_dim] to the network's width; positions tell two images apart."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        width = config.image_dim
+        assert width is not None
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(config.dim)
+        self.fc1 = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.fc2 = Linear(width, config.dim, rngs=rngs, dtype=dtype)
+        if config.image_positions is not None:
+            self.positions = nnx.Param(jnp.zeros((config.image_positions, width), jnp.float32))
+
+
 class Block(nnx.Module):
     """One transformer block. norm3 is the affine norm before cross-attention, as Wan names it."""
 
@@ -83,7 +115,7 @@ class Block(nnx.Module):
         self.modulation = nnx.Param(table)
         self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
         self.norm3 = LayerNorm(d)
-        self.cross_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.cross_attn = CrossAttention(config, rngs=rngs, dtype=dtype)
         self.ffn_in = Linear(d, config.ffn_dim, rngs=rngs, dtype=dtype)
         self.ffn_out = Linear(config.ffn_dim, d, rngs=rngs, dtype=dtype)
 
@@ -104,6 +136,8 @@ class DiT(nnx.Module):
         self.time_in = Linear(config.freq_dim, d, rngs=rngs, dtype=f32, init=small)
         self.time_out = Linear(d, d, rngs=rngs, dtype=f32, init=small)
         self.time_proj = Linear(d, 6 * d, rngs=rngs, dtype=f32)
+        image = config.image_dim is not None
+        self.image = ImageMLP(config, rngs=rngs, dtype=dtype) if image else None
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key), dtype=dtype))(keys)
         table = jax.random.normal(rngs.params(), (2, d), jnp.float32) / d**0.5
@@ -111,10 +145,12 @@ class DiT(nnx.Module):
         out = int(np.prod(config.patch_size)) * config.out_channels
         self.head_proj = Linear(d, out, rngs=rngs, dtype=f32, init=normal(0.0))
 
-    def prepare(self, context_bsd: Array) -> Cond:
+    def prepare(self, context_bsd: Array, image_bsd: Array | None = None) -> Cond:
         """Text states [b, s <= text_len, text_dim] -> keys and values of every block.
 
-        Rows past the text are zero and stay in: the network attends to them (Wan2.1 text_len pads).
+        image_bsd: CLIP's tokens [b, s, image_dim], where the network takes an image; those of a
+        first and a last frame one after the other. Rows past the text are zero and stay in: the
+        network attends to them (Wan2.1 text_len pads).
         """
         _, s, width = context_bsd.shape
         if s > self.config.text_len or width != self.config.text_dim:
@@ -124,12 +160,17 @@ class DiT(nnx.Module):
             )
         context = jnp.pad(context_bsd, ((0, 0), (0, self.config.text_len - s), (0, 0)))
         text = linear(self.text_out, gelu_tanh(linear(self.text_in, context)))
+        image = self._image_tokens(image_bsd)
 
         def keys_and_values(_: None, layer: Block) -> tuple[None, Cond]:
             weights = layer.cross_attn
-            k = rms_norm(weights.norm_k, linear(weights.k, text), eps=self.config.eps)
-            v = linear(weights.v, text)
-            return None, Cond(self._heads(k.astype(v.dtype)), self._heads(v))
+            pair = self._keys_and_values(weights.k, weights.norm_k, weights.v, text)
+            if image is None:
+                return None, Cond(*pair)
+            norm = weights.norm_k_img
+            return None, Cond(
+                *pair, *self._keys_and_values(weights.k_img, norm, weights.v_img, image)
+            )
 
         return lax.scan(keys_and_values, None, self.layers)[1]
 
@@ -186,6 +227,36 @@ class DiT(nnx.Module):
         h, mod = self.embed(latents_bthwc, t_b)
         return self.head(self.blocks(h, mod, cond, implementation=implementation), mod)
 
+    def _keys_and_values(
+        self, key: Linear, norm: RMSNorm, value: Linear, tokens: Array
+    ) -> tuple[Array, Array]:
+        v = linear(value, tokens)
+        k = rms_norm(norm, linear(key, tokens), eps=self.config.eps)
+        return self._heads(k.astype(v.dtype)), self._heads(v)
+
+    def _image_tokens(self, image_bsd: Array | None) -> Array | None:
+        """CLIP's tokens in the network's width; ValueError for what the network does not take."""
+        width, positions = self.config.image_dim, self.config.image_positions
+        if self.image is None or image_bsd is None:
+            if (self.image is None) != (image_bsd is None):
+                wanted = "takes no image" if self.image is None else f"needs tokens [b, s, {width}]"
+                raise ValueError(
+                    f"image is {'None' if image_bsd is None else 'given'}; it {wanted}"
+                )
+            return None
+        _, s, found = image_bsd.shape
+        if found != width or (positions is not None and s != positions):
+            count = "s" if positions is None else str(positions)
+            raise ValueError(
+                f"image tokens have shape {image_bsd.shape}; [b, {count}, {width}] is needed"
+            )
+        x = image_bsd.astype(jnp.float32)
+        if positions is not None:
+            x = x + self.image.positions[...]
+        x = layer_norm(x, eps=IMAGE_EPS, affine=self.image.norm1)
+        x = linear(self.image.fc2, gelu(linear(self.image.fc1, x)))
+        return layer_norm(x, eps=IMAGE_EPS, affine=self.image.norm2)
+
     def _heads(self, x_bld: Array) -> Array:
         return x_bld.reshape(*x_bld.shape[:2], self.config.num_heads, self.config.head_dim)
 
@@ -201,7 +272,10 @@ class DiT(nnx.Module):
 
         weights = layer.cross_attn
         q = rms_norm(weights.norm_q, linear(weights.q, _norm3(layer, h, eps)), eps=eps)
-        y = attention(self._heads(q.astype(kv.k.dtype)), kv.k, kv.v, implementation=implementation)
+        q = self._heads(q.astype(kv.k.dtype))
+        y = attention(q, kv.k, kv.v, implementation=implementation)
+        if kv.k_img is not None and kv.v_img is not None:
+            y = y + attention(q, kv.k_img, kv.v_img, implementation=implementation)
         h = h + linear(weights.o, y.reshape(h.shape)).astype(jnp.float32)
 
         x = layer_norm(h, eps=eps) * (1.0 + scale2) + shift2

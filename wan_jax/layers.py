@@ -107,6 +107,11 @@ def rms_norm(p: RMSNorm, x: Array, *, eps: float) -> Array:
     return y * p.scale[...].astype(jnp.float32)
 
 
+def gelu(x: Array) -> Array:
+    """The exact form of GELU, by the error function, computed in float32, in the dtype of x."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
 def gelu_tanh(x: Array) -> Array:
     """The tanh form of GELU, computed in float32, in the dtype of x."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)

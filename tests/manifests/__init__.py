@@ -18,6 +18,8 @@ DITS = ("t2v_1_3b", "t2v_14b", "i2v_14b", "flf2v_14b")
 NAMES = tuple(
     f"{net}.{naming}" for net in (*DITS, "vae", "umt5") for naming in ("wan", "diffusers")
 )
+# Of the image encoder: only the vision tower, of which the tables leave some out.
+CLIP_NAMES = ("clip.wan", "clip.diffusers")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -29,7 +31,7 @@ def head(name: str) -> dict[str, Any]:
 
 
 def load(name: str) -> Tensors:
-    """{tensor name: (shape, stored dtype, None where it is not known)} of one of NAMES."""
+    """{tensor name: (shape, stored dtype, None where it is not known)} of a name as above."""
     return {
         tensor: (tuple(shape), dtype)
         for entry, (dtype, shape) in _read(name)["entries"].items()
@@ -47,6 +49,6 @@ def expand(entry: str) -> list[str]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    if name not in NAMES:
-        raise ValueError(f"no manifest {name!r}; there are {NAMES}")
+    if name not in (*NAMES, *CLIP_NAMES):
+        raise ValueError(f"no manifest {name!r}; there are {(*NAMES, *CLIP_NAMES)}")
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ import transformers
 from tests.golden.make_dit import load_original
 from tests.manifests import DITS, Shape, expand
 
-_LAYER = re.compile(r"(?<![^.])blocks?\.(\d+)(?=\.)")
+_LAYER = re.compile(r"(?<![^.])(?:blocks?|visual\.transformer|encoder\.layers)\.(\d+)(?=\.)")
 _TIED = "encoder.embed_tokens.weight", "shared.weight"
 
 
@@ -70,6 +70,20 @@ UMT5 = {
     "decoder_start_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 0,
+}
+
+# The vision tower of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which Diffusers' conversion takes.
+CLIP = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "projection_dim": 1024,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
 }
 
 # name: repositories of Wan-AI, files, stored dtype or None, and what the dtype is known from.
@@ -135,6 +149,18 @@ STORED: dict[str, tuple[tuple[str, ...], str, str | None, str]] = {
         "float32",
         "shards of 22,723,641,344 bytes by the index of T2V-1.3B",
     ),
+    "clip.wan": (
+        (*_I2V, *_FLF2V),
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+        "float32",
+        "listings of 4.77 GB, which 1,193,014,785 parameters are in float32",
+    ),
+    "clip.diffusers": (
+        (*(f"{name}-Diffusers" for name in _I2V), f"{_FLF2V[0]}-diffusers"),
+        "image_encoder/*.safetensors",
+        None,
+        _UNKNOWN,
+    ),
 }
 NOTES = {
     "i2v_14b.wan": "480P and 720P are the same architecture",
@@ -143,6 +169,11 @@ NOTES = {
         "transformers' state_dict() also has encoder.embed_tokens.weight, the same tensor. The "
         "released shards hold shared.weight only: with both they would be 4.2 GB larger, and "
         "transformers reports the other as missing from them (its issue 43992, its fix 43880)"
+    ),
+    "clip.wan": "the vision tower; the file also holds textual.* and log_scale",
+    "clip.diffusers": (
+        "files of CLIPVisionModel have no visual_projection.weight; from transformers 5 on it "
+        "writes its names without vision_model."
     ),
 }
 
@@ -204,6 +235,23 @@ def diffusers_umt5() -> tuple[torch.nn.Module, dict[str, Any]]:
     return model, {"model_type": "umt5", "architectures": ["UMT5EncoderModel"], **UMT5}
 
 
+def original_clip(repo: Path) -> tuple[torch.nn.Module, None]:
+    """The vision tower of what wan/modules/clip.py builds."""
+    # What it takes from these only prepares its inputs.
+    strangers = {name: ModuleType(name) for name in ("torchvision", "torchvision.transforms")}
+    with mock.patch.dict(sys.modules, strangers):
+        module = original_part(repo, "clip")
+    model = module.clip_xlm_roberta_vit_h_14(device="meta")
+    del model.textual, model.log_scale
+    return model, None
+
+
+def diffusers_clip() -> tuple[torch.nn.Module, dict[str, Any]]:
+    model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**CLIP))
+    kind = {"model_type": "clip_vision_model", "architectures": [type(model).__name__]}
+    return model, kind | CLIP
+
+
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
@@ -259,6 +307,8 @@ def builders(repo: Path) -> dict[str, Callable[[], tuple[torch.nn.Module, Any]]]
         "vae.diffusers": diffusers_vae,
         "umt5.wan": lambda: original_umt5(repo),
         "umt5.diffusers": diffusers_umt5,
+        "clip.wan": lambda: original_clip(repo),
+        "clip.diffusers": diffusers_clip,
     }
     for name in DITS:
         made[f"{name}.wan"] = lambda size=SIZES[name]: original_dit(repo, size)

@@ -9,7 +9,18 @@ ROOT = Path(__file__).parents[2]
 
 # From left to right; modules in one entry do not know each other.
 ORDER = (
-    {"config", "xla", "schedulers", "noise", "noise_file", "files", "ffmpeg", "tokenizer"},
+    {
+        "config",
+        "xla",
+        "schedulers",
+        "noise",
+        "noise_file",
+        "files",
+        "ffmpeg",
+        "tokenizer",
+        "images",
+        "conditioning",
+    },
     {"sharding", "labels"},
     {"media"},
     {"layers"},

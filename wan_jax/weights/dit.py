@@ -32,6 +32,41 @@ def _attention(target: str, wan: str, diffusers: str) -> list[Rule]:
     return rules
 
 
+def _image_rules(config: DiTConfig) -> list[Rule]:
+    """What an image adds: the MLP before the blocks, and keys and values in each."""
+    wan, diffusers = "img_emb.proj", "condition_embedder.image_embedder"
+    b = "blocks.{i}"
+    rules = [
+        *_norm("image.norm1", f"{wan}.0", f"{diffusers}.norm1"),
+        *_linear("image.fc1", f"{wan}.1", f"{diffusers}.ff.net.0.proj"),
+        *_linear("image.fc2", f"{wan}.3", f"{diffusers}.ff.net.2"),
+        *_norm("image.norm2", f"{wan}.4", f"{diffusers}.norm2"),
+    ]
+    target, ours, theirs = "layers.cross_attn", f"{b}.cross_attn", f"{b}.attn2"
+    for name in "kv":
+        rules += _linear(f"{target}.{name}_img", f"{ours}.{name}_img", f"{theirs}.add_{name}_proj")
+    norm = f"{ours}.norm_k_img.weight", f"{theirs}.norm_added_k.weight"
+    rules.append(Rule(f"{target}.norm_k_img.scale", *norm))
+    if config.image_positions is not None:
+        table = f"{wan.removesuffix('.proj')}.emb_pos", f"{diffusers}.pos_embed"
+        rules.append(Rule("image.positions", *table, _SQUEEZE))
+    return rules
+
+
+def _norm(target: str, wan: str, diffusers: str) -> list[Rule]:
+    return [
+        Rule(f"{target}.scale", f"{wan}.weight", f"{diffusers}.weight"),
+        Rule(f"{target}.bias", f"{wan}.bias", f"{diffusers}.bias"),
+    ]
+
+
+def table(config: DiTConfig) -> Table:
+    """The rules of a DiT, with an image branch or without."""
+    if config.image_dim is None:
+        return TABLE
+    return Table((*TABLE.rules, *_image_rules(config)), ignored=TABLE.ignored)
+
+
 def _table() -> Table:
     embedder, b = "condition_embedder", "blocks.{i}"
     rules = [

@@ -68,8 +68,8 @@ class _Network:
         found: dict[str, Shape] = {}
         for rule in self.table.rules:
             shape = self.leaves[rule.target].shape
-            inner = rule.layout.source_shape(shape[1:] if rule.stacked else shape)
-            found |= dict.fromkeys(_names(rule, self.naming, shape), inner)
+            names = itertools.chain.from_iterable(rule.names(self.naming, shape))
+            found |= dict.fromkeys(names, rule.source_shape(self.naming, shape))
         return found
 
     @property
@@ -92,12 +92,6 @@ class _Network:
                 f"{np.abs(tensor).max():.3g}; source, float32 or bfloat16 can"
             )
         return cast
-
-
-def _names(rule: Rule, naming: str, shape: Shape) -> list[str]:
-    """The tensors that a target of this shape is made of."""
-    name = rule.source(naming)
-    return [name.replace("{i}", str(i)) for i in range(shape[0])] if rule.stacked else [name]
 
 
 def write(
@@ -198,12 +192,15 @@ def _source_dtypes(
     """{tensor name in `naming`: dtype of its source}, from a network's entry in the manifest."""
     # The entry has the source's own names, among them second names of tied tensors.
     exceptions = {table.aliases.get(name, name): kind for name, kind in entry["dtypes"].items()}
-    kinds = {}
+    kinds: dict[str, np.dtype] = {}
     for rule in table.rules:
         shape = leaves[rule.target].shape
-        sources = _names(rule, entry["naming"], shape)
-        for name, source in zip(_names(rule, naming, shape), sources, strict=True):
-            kinds[name] = np.dtype(exceptions.get(source, entry["dtype"]))
+        groups = rule.names(naming, shape), rule.names(entry["naming"], shape)
+        for names, sources in zip(*groups, strict=True):
+            stored = [np.dtype(exceptions.get(name, entry["dtype"])) for name in sources]
+            if len(names) != len(sources):  # joined in one naming only: the widest holds them all
+                stored = [max(stored, key=lambda kind: kind.itemsize)] * len(names)
+            kinds |= dict(zip(names, stored, strict=True))
     return kinds
 
 

@@ -6,6 +6,7 @@ either side must be accounted for: resolve() returns a plan or raises one report
 """
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 Shape = tuple[int, ...]
 Abstract = jax.ShapeDtypeStruct | jax.Array | np.ndarray  # only the shape and dtype are read
 NAMINGS = ("wan", "diffusers")
+_JOINED = re.compile(r"\{(\w+(?:,\w+)+)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +58,45 @@ class Rule:
     """One target and the tensor that fills it, in both namings.
 
     Where the names hold `{i}` the target is a stack: its leading axis counts the layers, and layer
-    i comes from the source whose name has i in that place.
+    i comes from the source whose name has i in that place. Where a name holds alternatives, such as
+    `{q,k,v}`, it stands for a tensor each: of equal shapes, joined along their first axis in this
+    order before the layout applies. The other naming may store them as one. wan_layout: the layout
+    in Wan2.1's naming, where it is not that of Diffusers.
     """
 
     target: str
     wan: str
     diffusers: str
     layout: Layout = SAME
+    wan_layout: Layout | None = None
 
     def source(self, naming: str) -> str:
         return {"wan": self.wan, "diffusers": self.diffusers}[naming]
 
+    def layout_in(self, naming: str) -> Layout:
+        return self.wan_layout if naming == "wan" and self.wan_layout else self.layout
+
     @property
     def stacked(self) -> bool:
         return "{i}" in self.wan
+
+    def names(self, naming: str, shape: Shape) -> list[tuple[str, ...]]:
+        """The tensors that fill a target of this shape: a group for it, or for each layer of it."""
+        group = _alternatives(self.source(naming))
+        layers = range(shape[0]) if self.stacked else (0,)
+        return [tuple(name.replace("{i}", str(i)) for name in group) for i in layers]
+
+    def source_shape(self, naming: str, shape: Shape) -> Shape:
+        """The shape of each of the tensors that fill a target of this shape."""
+        whole = self.layout_in(naming).source_shape(shape[1:] if self.stacked else shape)
+        count = len(_alternatives(self.source(naming)))
+        return whole if count == 1 else (whole[0] // count, *whole[1:])
+
+
+def _alternatives(name: str) -> list[str]:
+    """The names that `a.{q,k,v}.b` stands for; one for a name without alternatives."""
+    found = _JOINED.search(name)
+    return [name.replace(found[0], word) for word in found[1].split(",")] if found else [name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +114,21 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """One target, the source names that fill it in order, and how."""
+    """One target, the source names that fill it in order, and how.
+
+    groups: the names for the target, or for each layer of a stack; those of a group are joined.
+    """
 
     target: str
     abstract: Abstract
-    sources: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    source_shape: Shape
     layout: Layout
     stacked: bool
 
     @property
-    def source_shape(self) -> Shape:
-        shape = self.abstract.shape
-        return self.layout.source_shape(shape[1:] if self.stacked else shape)
+    def sources(self) -> tuple[str, ...]:
+        return tuple(itertools.chain.from_iterable(self.groups))
 
 
 class MismatchError(ValueError):
@@ -111,13 +141,6 @@ class Reader(Protocol):
     def shapes(self) -> Mapping[str, tuple[Shape, str]]: ...
 
     def read(self, name: str) -> np.ndarray: ...
-
-
-def _expand(rule: Rule, naming: str, abstract: Abstract) -> tuple[str, ...]:
-    template = rule.source(naming)
-    if not rule.stacked:
-        return (template,)
-    return tuple(template.replace("{i}", str(i)) for i in range(abstract.shape[0]))
 
 
 def _report(lists: Mapping[str, list[str]], what: str) -> str:
@@ -148,16 +171,19 @@ def resolve(
     second = {alias for alias, name in renamed.items() if name in present}
     ignored = {n for n in present if any(re.fullmatch(pattern, n) for pattern in table.ignored)}
 
-    known = [rule for rule in table.rules if rule.target in targets]
+    known = [(rule, targets[rule.target]) for rule in table.rules if rule.target in targets]
     plan = [
         Assignment(
             rule.target,
-            targets[rule.target],
-            tuple(actual.get(n, n) for n in _expand(rule, naming, targets[rule.target])),
-            rule.layout,
+            leaf,
+            tuple(
+                tuple(actual.get(n, n) for n in group) for group in rule.names(naming, leaf.shape)
+            ),
+            rule.source_shape(naming, leaf.shape),
+            rule.layout_in(naming),
             rule.stacked,
         )
-        for rule in known
+        for rule, leaf in known
     ]
     uses = Counter(name for item in plan for name in item.sources)
     fills = Counter(rule.target for rule in table.rules)
@@ -199,30 +225,39 @@ def apply(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (target path, array in the target's shape and dtype), one target in memory at a time.
 
-    progress is called with the number of bytes read after each source tensor. Raises MismatchError
-    naming a tensor that holds NaN or infinite values, as damaged files do, or would in the dtype.
+    progress is called with the number of bytes read after each source tensor, or group of them
+    that is joined. Raises MismatchError naming a tensor that holds NaN or infinite values, as
+    damaged files do, or would in the dtype.
     """
     for item in plan:
         dtype = np.dtype(item.abstract.dtype)
         target = np.empty(item.abstract.shape, dtype)
-        for i, name in enumerate(item.sources):
-            source = reader.read(name)
+        for i, group in enumerate(item.groups):
+            sources = [reader.read(name) for name in group]
+            count = sum(source.nbytes for source in sources)
+            source = sources[0]
+            if len(sources) > 1:
+                source = np.concatenate(sources, dtype=dtype, casting="unsafe")
             part = target[i] if item.stacked else target
             with np.errstate(over="ignore"):
                 part[...] = item.layout.apply(source)
             if not np.isfinite(part).all():
-                raise MismatchError(_not_finite(source, name, dtype, what))
+                raise MismatchError(_not_finite(sources, group, dtype, what))
             if progress is not None:
-                progress(source.nbytes)
-            del source
+                progress(count)
+            del source, sources
         yield item.target, target
         del target, part  # or they would live on while the next one is filled
 
 
-def _not_finite(source: np.ndarray, name: str, dtype: np.dtype, what: str) -> str:
-    if np.isfinite(source).all():
-        return f"{what} does not fit: {name} goes up to {np.abs(source).max()}, beyond {dtype}"
-    return f"{what} is damaged: {name} holds NaN or infinite values"
+def _not_finite(
+    sources: Sequence[np.ndarray], group: Sequence[str], dtype: np.dtype, what: str
+) -> str:
+    for name, source in zip(group, sources, strict=True):
+        if not np.isfinite(source).all():
+            return f"{what} is damaged: {name} holds NaN or infinite values"
+    most = max(float(np.abs(source).max()) for source in sources)
+    return f"{what} does not fit: {' and '.join(group)} goes up to {most}, beyond {dtype}"
 
 
 def export(
@@ -231,7 +266,10 @@ def export(
     """Yield (source name, array in the source's layout): apply() backwards, dtypes kept."""
     for rule in table.rules:
         array = np.asarray(arrays[rule.target])
-        names = _expand(rule, naming, array)
+        groups = rule.names(naming, array.shape)
         parts = array if rule.stacked else (array,)
-        for name, part in zip(names, parts, strict=True):
-            yield name, np.ascontiguousarray(rule.layout.invert(part))
+        for group, part in zip(groups, parts, strict=True):
+            source = rule.layout_in(naming).invert(part)
+            pieces = (source,) if len(group) == 1 else np.split(source, len(group))
+            for name, piece in zip(group, pieces, strict=True):
+                yield name, np.ascontiguousarray(piece)

@@ -85,7 +85,7 @@ def abstract_part(config: PartConfig, dtype: jnp.dtype) -> Any:
 def part_table(config: PartConfig) -> Table:
     """The rules of the network of this configuration."""
     if isinstance(config, DiTConfig):
-        return dit.TABLE
+        return dit.table(config)
     return umt5.table(config) if isinstance(config, UMT5Config) else vae.table(config)
 
 
