@@ -142,7 +142,7 @@ def test_dtypes_at_the_seams(dtype: jnp.dtype) -> None:
     model = abstract(config(), dtype)
     latents, t, context = inputs()
     cond = jax.eval_shape(DiT.prepare, model, context)
-    assert {leaf.dtype for leaf in cond} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(cond)} == {jnp.dtype(dtype)}
     h, mod = jax.eval_shape(DiT.embed, model, latents, t)
     after = jax.eval_shape(DiT.blocks, model, h, mod, cond)
     out = jax.eval_shape(DiT.head, model, after, mod)
