@@ -172,9 +172,8 @@ class _Run:
                 self._carry = progress.carry
                 self._now["denoise"] = time.perf_counter() - begun
                 if signals:
-                    raise Stopped(
-                        f"stopped after step {progress.done} of {progress.total}", *signals
-                    )
+                    step = f"stopped after step {progress.done} of {progress.total}"
+                    raise Stopped(step, signals[0])
 
         with _held_back(active=self._store is not None) as signals:
             latents = self.wan.denoise(self.job.request, np.stack(contexts), start, on_progress)
@@ -257,9 +256,8 @@ class _Run:
 
 
 def _sums(*parts: Mapping[str, float]) -> dict[str, float]:
-    return {
-        k: sum(p.get(k, 0.0) for p in parts) for k in dict.fromkeys(k for p in parts for k in p)
-    }
+    stages = dict.fromkeys(stage for part in parts for stage in part)
+    return {stage: sum(part.get(stage, 0.0) for part in parts) for stage in stages}
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "vae": (
         ("vae/*.safetensors", "vae/*.json"),
         (VAE_PTH,),
-        (VAE_PTH.replace(".pth", ".safetensors"),),
+        (_as_safetensors(VAE_PTH),),
     ),
     "umt5": (
         ("text_encoder/*.safetensors", "text_encoder/*.json"),
@@ -60,7 +60,6 @@ _HUB_NAME = r"\b[\w.-]{1,96}\b"
 _HUB_ID = re.compile(rf"(?!.*(--|\.\.)){_HUB_NAME}/{_HUB_NAME}(@[\w./-]+)?", re.ASCII)
 _HUB_SECONDS = 10.0  # for the hub's first answer; after that, what is here already will do
 _PIECE, _AT_ONCE = 2**24, 8  # bytes of one request to a bucket, and requests at a time
-_LINE = 300  # characters of a foreign message that are shown
 
 
 def is_hub_id(text: str) -> bool:
@@ -160,15 +159,11 @@ def _hub_message(text: str, error: BaseException) -> str:
             return _hub_message(text, cause)
         return (
             f"{text} is not a folder here, and the Hugging Face hub cannot be reached for it "
-            f"({_one_line(cause)}); without a network a local folder is needed"
+            f"({one_line(cause)}); without a network a local folder is needed"
         )
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return f"{text} may not be read with your token; run `hf auth login` with one that may"
-    return f"downloading {text} stopped ({_one_line(error)}); run again to go on"
-
-
-def _one_line(error: BaseException) -> str:
-    return one_line(error)[:_LINE]
+    return f"downloading {text} stopped ({one_line(error)}); run again to go on"
 
 
 def bucket_path(text: str) -> Any:
@@ -199,11 +194,11 @@ def bucket_errors(path: str) -> Iterator[None]:
     except ValueError:
         raise
     except ImportError as error:
-        raise ValueError(f"{path} needs gcsfs: `pip install gcsfs` ({_one_line(error)})") from error
+        raise ValueError(f"{path} needs gcsfs: `pip install gcsfs` ({one_line(error)})") from error
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not there: no such bucket, or nothing of this name") from error
     except Exception as error:  # of any of four libraries
-        line = _one_line(error)
+        line = one_line(error)
         refused = getattr(error, "code", None) in (401, 403) or line.startswith("Forbidden")
         if refused or type(error).__module__.startswith("google.auth"):
             raise ValueError(
