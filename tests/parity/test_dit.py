@@ -25,20 +25,24 @@ CONFIG = DiTConfig(
 TIMESTEPS = np.array([999, 92])
 
 
-def _torch_model() -> WanTransformer3DModel:
+def torch_model(config: DiTConfig) -> WanTransformer3DModel:
+    """Diffusers' network of these dimensions with random weights."""
     model = WanTransformer3DModel(
-        patch_size=CONFIG.patch_size,
-        num_attention_heads=CONFIG.num_heads,
-        attention_head_dim=CONFIG.head_dim,
-        in_channels=CONFIG.in_channels,
-        out_channels=CONFIG.out_channels,
-        text_dim=CONFIG.text_dim,
-        freq_dim=CONFIG.freq_dim,
-        ffn_dim=CONFIG.ffn_dim,
-        num_layers=CONFIG.num_layers,
+        patch_size=config.patch_size,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
         cross_attn_norm=True,
-        eps=CONFIG.eps,
+        eps=config.eps,
         rope_max_seq_len=64,
+        image_dim=config.image_dim,
+        added_kv_proj_dim=None if config.image_dim is None else config.dim,
+        pos_embed_seq_len=config.image_positions,
     )
     weights = random_state_dict({k: tuple(v.shape) for k, v in model.state_dict().items()})
     model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
@@ -103,7 +107,7 @@ def _our_taps(model: DiT, latents: np.ndarray, context: np.ndarray) -> dict[str,
 def test_every_tap_equals_diffusers(
     grid: tuple[int, int, int], text: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = _torch_model()
+    reference = torch_model(CONFIG)
     latents, context = _inputs(grid, text)
     theirs = _torch_taps(reference, latents, context)
     # Diffusers computes the sinusoid in float32; given the same one, everything after must agree.
@@ -119,7 +123,7 @@ def test_every_tap_equals_diffusers(
 
 def test_whole_forward_equals_its_taps() -> None:
     latents, context = _inputs((3, 6, 10), 20)
-    model = _ours(_torch_model())
+    model = _ours(torch_model(CONFIG))
     cond = model.prepare(jnp.asarray(context))
     whole = jax.jit(DiT.__call__)(model, latents, jnp.asarray(TIMESTEPS, jnp.float32), cond)
     taps = _our_taps(model, latents, context)
@@ -127,7 +131,7 @@ def test_whole_forward_equals_its_taps() -> None:
 
 
 def test_time_path_equals_float64() -> None:
-    reference = _torch_model()
+    reference = torch_model(CONFIG)
     model = _ours(reference)
     weights = {k: v.double().numpy() for k, v in reference.state_dict().items()}
     times = np.array([0.0, 1.0, 91.0, 500.0, 999.0, 1000.0, 333.25])

@@ -13,7 +13,8 @@ from flax import nnx
 
 from tests import tolerances
 from tests.parity.convert import load_torch
-from tests.random_weights import random_state_dict, relative_l2
+from tests.parity.test_dit import torch_model
+from tests.random_weights import relative_l2
 from wan_jax import dit as dit_module
 from wan_jax.config import DiTConfig
 from wan_jax.dit import DiT
@@ -34,29 +35,6 @@ I2V = DiTConfig(
 FLF2V = dataclasses.replace(I2V, image_positions=18)
 TOKENS = 9  # of one image
 TIMESTEPS = np.array([999, 92])
-
-
-def _torch_model(config: DiTConfig) -> WanTransformer3DModel:
-    model = WanTransformer3DModel(
-        patch_size=config.patch_size,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        cross_attn_norm=True,
-        eps=config.eps,
-        rope_max_seq_len=64,
-        image_dim=config.image_dim,
-        added_kv_proj_dim=config.dim,
-        pos_embed_seq_len=config.image_positions,
-    )
-    weights = random_state_dict({k: tuple(v.shape) for k, v in model.state_dict().items()})
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
-    return model.eval().requires_grad_(False)
 
 
 def _ours(model: WanTransformer3DModel, config: DiTConfig) -> DiT:
@@ -106,7 +84,7 @@ def _velocity(model: DiT, given: dict[str, np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("config", [I2V, FLF2V], ids=["i2v", "flf2v"])
 def test_velocity_equals_diffusers(config: DiTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = _torch_model(config)
+    reference = torch_model(config)
     given = _inputs(config)
     theirs = _theirs(reference, config, given)
     monkeypatch.setattr(dit_module, "sinusoid", lambda t, width: jnp.asarray(theirs["sinusoid"]))
@@ -120,7 +98,7 @@ def test_velocity_equals_diffusers(config: DiTConfig, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("config", [I2V, FLF2V], ids=["i2v", "flf2v"])
 def test_both_namings_fill_the_same_network(config: DiTConfig) -> None:
-    ours = _ours(_torch_model(config), config)
+    ours = _ours(torch_model(config), config)
     leaves = trees.flatten(ours)
     arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
     table = dit_weights.table(config)
