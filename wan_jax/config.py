@@ -26,6 +26,10 @@ NEGATIVE_PROMPT = (
     "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
     "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+I2V_NEGATIVE_PROMPT = f"镜头晃动，{NEGATIVE_PROMPT}"
+FLF2V_NEGATIVE_PROMPT = f"镜头切换，{I2V_NEGATIVE_PROMPT}"
+
+PARTS = ("dit", "vae", "umt5", "clip")  # the networks of a checkpoint; the last with images only
 
 
 def _require(condition: bool, message: str) -> None:
@@ -112,6 +116,18 @@ class DiTConfig(_Json):
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def images(self) -> int:
+        """How many images a video is made of: 0, 1, or 2 for a first and a last frame."""
+        if self.image_dim is None:
+            return 0
+        return 1 if self.image_positions is None else 2
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks that a checkpoint with this DiT has."""
+        return PARTS if self.images else PARTS[:-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,28 +229,39 @@ class CLIPConfig(_Json):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defaults(_Json):
-    """What generate() uses for an argument that is None. size is (width, height) in pixels."""
+    """What generate() uses for an argument that is None. size is (width, height) in pixels.
+
+    shift_480p: the shift at sizes up to the area of 832*480, where it is not `shift`.
+    """
 
     size: tuple[int, ...] = (1280, 720)
     frames: int = 81
     steps: int = 50
     guidance: float = 5.0
     shift: float = 5.0
+    shift_480p: float | None = None
     solver: str = "unipc"
     negative_prompt: str = NEGATIVE_PROMPT
     fps: int = 16
 
+    def shift_at(self, width: int, height: int) -> float:
+        """The shift for a size in pixels."""
+        small = self.shift_480p is not None and width * height <= 832 * 480
+        return self.shift_480p if small else self.shift  # type: ignore[return-value]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """A whole checkpoint: its networks and its defaults."""
+    """A whole checkpoint: its networks and its defaults. clip: None for text to video."""
 
     dit: DiTConfig
     vae: VAEConfig = VAEConfig()
     umt5: UMT5Config = UMT5Config()
+    clip: CLIPConfig | None = None
     defaults: Defaults = Defaults()
 
     def __post_init__(self) -> None:
+        self._check_image()
         _require(
             self.dit.out_channels == self.vae.z_dim,
             f"the DiT predicts {self.dit.out_channels} channels, the VAE has {self.vae.z_dim}",
@@ -244,13 +271,43 @@ class WanConfig:
             f"the DiT reads text of width {self.dit.text_dim}, UMT5 writes {self.umt5.dim}",
         )
 
+    def _check_image(self) -> None:
+        dit, clip = self.dit, self.clip
+        known = self.vae.z_dim + self.vae.temporal_stride if dit.images else 0
+        _require(
+            dit.in_channels == self.vae.z_dim + known,
+            f"the DiT reads {dit.in_channels} channels; {self.vae.z_dim} of noise and {known} of "
+            "known frames are needed",
+        )
+        _require(
+            (clip is not None) == (dit.images > 0),
+            "a checkpoint has a CLIP tower if its DiT takes an image, and only then",
+        )
+        if clip is not None:
+            _require(
+                clip.dim == dit.image_dim,
+                f"the DiT reads image tokens of width {dit.image_dim}, CLIP writes {clip.dim}",
+            )
+            rows = dit.image_positions
+            _require(
+                rows is None or rows == 2 * clip.num_tokens,
+                f"the DiT has positions for {rows} image tokens, two images have "
+                f"{2 * clip.num_tokens}",
+            )
+
+    @property
+    def images(self) -> int:
+        """How many images a video is made of: 0, 1, or 2 for a first and a last frame."""
+        return self.dit.images
+
     @property
     def size_multiple(self) -> int:
         """Widths and heights in pixels are multiples of this (VAE stride times DiT patch)."""
         return self.vae.spatial_stride * self.dit.patch_size[1]
 
     def to_json(self) -> str:
-        parts = {f.name: getattr(self, f.name).to_dict() for f in dataclasses.fields(self)}
+        sections = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts = {name: part.to_dict() for name, part in sections.items() if part is not None}
         return json.dumps(parts, indent=2, ensure_ascii=False)
 
     @classmethod
@@ -260,6 +317,7 @@ class WanConfig:
             "dit": DiTConfig,
             "vae": VAEConfig,
             "umt5": UMT5Config,
+            "clip": CLIPConfig,
             "defaults": Defaults,
         }
         unknown = sorted(set(values) - set(kinds))
@@ -273,6 +331,17 @@ T2V_1_3B = WanConfig(
     defaults=Defaults(size=(832, 480)),
 )
 T2V_14B = WanConfig(dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40))
+# The 480P and the 720P checkpoint: of one architecture, and the size decides the shift.
+I2V_14B = WanConfig(
+    dit=dataclasses.replace(T2V_14B.dit, in_channels=36, image_dim=1280),
+    clip=CLIPConfig(),
+    defaults=Defaults(steps=40, shift_480p=3.0, negative_prompt=I2V_NEGATIVE_PROMPT),
+)
+FLF2V_14B = WanConfig(
+    dit=dataclasses.replace(I2V_14B.dit, image_positions=2 * CLIPConfig().num_tokens),
+    clip=CLIPConfig(),
+    defaults=Defaults(shift=16.0, negative_prompt=FLF2V_NEGATIVE_PROMPT),
+)
 
 # A few layers of everything: what the first command runs on a laptop and what tests are built from.
 NANO_T2V = WanConfig(
@@ -281,13 +350,26 @@ NANO_T2V = WanConfig(
     umt5=UMT5Config(vocab_size=384, dim=64, num_heads=4, head_dim=16, ffn_dim=128, num_layers=3),
     defaults=Defaults(size=(128, 96), frames=17, steps=20, negative_prompt="blurry, static"),
 )
+NANO_I2V = dataclasses.replace(
+    NANO_T2V,
+    dit=dataclasses.replace(NANO_T2V.dit, in_channels=36, image_dim=64),
+    clip=CLIPConfig(image_size=56, dim=64, num_heads=4, num_layers=4, ffn_dim=256),
+)
+NANO_FLF2V = dataclasses.replace(
+    NANO_I2V, dit=dataclasses.replace(NANO_I2V.dit, image_positions=2 * (1 + 4**2))
+)
 
-RELEASED = {"t2v-1.3B": T2V_1_3B, "t2v-14B": T2V_14B}
+RELEASED = {
+    "t2v-1.3B": T2V_1_3B,
+    "t2v-14B": T2V_14B,
+    "i2v-14B": I2V_14B,
+    "flf2v-14B": FLF2V_14B,
+}
 
 
 def default_settings(dit: DiTConfig) -> Defaults:
-    """Defaults of the released checkpoint with this DiT, or of the 14B for an unknown one."""
+    """Defaults of the released checkpoint with this DiT, or of the 14B of its kind."""
     for released in RELEASED.values():
         if released.dit == dit:
             return released.defaults
-    return T2V_14B.defaults
+    return (T2V_14B, I2V_14B, FLF2V_14B)[dit.images].defaults
