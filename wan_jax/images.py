@@ -9,15 +9,13 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 Fit = Literal["keep", "crop", "pad"]
-
-CLIP_SIDE = 224  # pixels
 
 # MPO, what many phones write, is a .jpg with further pictures behind it. Not every format that
 # Pillow knows is safe: its reader of EPS runs Ghostscript.
@@ -38,7 +36,17 @@ _TURNS = {  # of the EXIF orientation; 1 is upright
 }
 
 
-def read_image(source: Any) -> np.ndarray:
+class Frame(NamedTuple):
+    """A frame that is known: float32 in [-1, 1], but for what a bicubic resize overshoots.
+
+    pixels: [y, x, 3], as the video has it. view: [side, side, 3], as CLIP sees it.
+    """
+
+    pixels: np.ndarray
+    view: np.ndarray
+
+
+def read_image(source: Any, *, name: str = "image") -> np.ndarray:
     """Reads an image as float32 [y, x, 3], RGB in [-1, 1].
 
     source: a path to a .png, .jpg, .webp, .bmp, .gif or .tiff (the content counts, not the name;
@@ -46,15 +54,15 @@ def read_image(source: Any) -> np.ndarray:
     or float32 [y, x, 3] in [-1, 1]. Files in plain RGB, grey, palette, CMYK or YCbCr give exactly
     the reference's numbers. Where it would misread one, this does not: EXIF's orientation is
     followed, transparency shows white, and 16-bit grey keeps its 16 bits. 16-bit colour is read by
-    its upper 8 bits, which is all that Pillow gives.
+    its upper 8 bits, which is all that Pillow gives. name: what an error calls it.
     Raises ValueError, naming the file, if it is missing, no such image, truncated, of more than
     178,956,970 pixels (told from its header), or of a mode without a scale (32-bit grey).
     """
     if isinstance(source, Image.Image):
-        return _read("image", source)
+        return _read(name, source)
     if not isinstance(source, str | os.PathLike):
-        return _from_array(source)
-    name = f"image {os.fspath(source)!r}"
+        return _from_array(source, name)
+    name = f"{name} {os.fspath(source)!r}"
     if not os.path.isfile(source):  # nor is a pipe opened, which would wait for a writer
         exists = "is not a file" if os.path.exists(source) else "does not exist"
         found = "is a folder" if os.path.isdir(source) else exists
@@ -96,7 +104,9 @@ def fit_size(height: int, width: int, *, area: int, multiple: int = 16) -> tuple
     return tall, wide
 
 
-def fit(image: np.ndarray, size: tuple[int, int], how: Fit = "keep") -> np.ndarray:
+def fit(
+    image: np.ndarray, size: tuple[int, int], how: Fit = "keep", *, multiple: int = 16
+) -> np.ndarray:
     """Resizes an image for a video of `size`, (width, height) in pixels.
 
     image: float32 [y, x, c] or [b, y, x, c]. Returns float32 of that form. "keep" keeps the
@@ -113,7 +123,7 @@ def fit(image: np.ndarray, size: tuple[int, int], how: Fit = "keep") -> np.ndarr
     if how == "crop":
         return cover(image, height=height, width=width)
     if how == "keep":
-        height, width = fit_size(rows, columns, area=height * width)
+        height, width = fit_size(rows, columns, area=height * width, multiple=multiple)
         return resize_bicubic(image, height=height, width=width)
     ratio = min(height / rows, width / columns)
     tall = min(max(round(rows * ratio), 1), height)
@@ -146,12 +156,45 @@ def cover(image: np.ndarray, *, height: int, width: int) -> np.ndarray:
     )
 
 
-def clip_view(image: np.ndarray) -> np.ndarray:
-    """What CLIP sees of an image: all of it, squashed to 224 by 224, not yet normalised.
+def clip_view(image: np.ndarray, side: int) -> np.ndarray:
+    """What CLIP sees of an image: all of it, squashed to side by side, not yet normalised.
 
-    image: float32 [y, x, 3] or [b, y, x, 3] in [-1, 1], at its native size.
+    image: float32 [y, x, 3] or [b, y, x, 3] in [-1, 1], at its native size. side: 224 in the
+    released tower.
     """
-    return resize_bicubic(image, height=CLIP_SIDE, width=CLIP_SIDE)
+    return resize_bicubic(image, height=side, width=side)
+
+
+def known_frames(
+    images: Sequence[np.ndarray], size: tuple[int, int], how: Fit, *, side: int, multiple: int = 16
+) -> tuple[Frame, ...]:
+    """A first and maybe a last frame, for the video and for CLIP.
+
+    images: float32 [y, x, 3] in [-1, 1] at their native sizes. size, how: as fit() takes them; with
+    "keep" the first image decides the size, and a last one of another size covers that. side: of
+    CLIP's view, which is of the whole image or, with "crop", of what is left of it.
+    Raises ValueError as fit() does.
+    """
+    first = images[0]
+    frames: list[Frame] = []
+    for image in images:
+        if how == "keep" and image.shape != first.shape:
+            height, width = frames[0].pixels.shape[:2]
+            pixels = cover(image, height=height, width=width)
+        else:
+            pixels = fit(image, size, how, multiple=multiple)
+        seen = _central(image, pixels.shape) if how == "crop" else image
+        frames.append(Frame(pixels, clip_view(seen, side)))
+    return tuple(frames)
+
+
+def _central(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The part of an image that cover() would leave of it, at its native size."""
+    (rows, columns), (height, width) = image.shape[:2], shape[:2]
+    ratio = max(height / rows, width / columns)
+    tall, wide = max(round(height / ratio), 1), max(round(width / ratio), 1)
+    top, left = (rows - tall) // 2, (columns - wide) // 2
+    return image[top : top + tall, left : left + wide]
 
 
 # Reading
@@ -240,11 +283,11 @@ def _from_words(image: Image.Image) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def _from_array(source: Any) -> np.ndarray:
+def _from_array(source: Any, name: str) -> np.ndarray:
     """uint8 or float32 pixels as float32 [y, x, 3] in [-1, 1]; ValueError for other arrays."""
     pixels = np.asarray(source)
     accepted = "accepted: uint8 [y, x], [y, x, 3] or [y, x, 4], or float32 [y, x, 3] in [-1, 1]"
-    found = f"image is an array of shape {pixels.shape} and dtype {pixels.dtype}"
+    found = f"{name} is an array of shape {pixels.shape} and dtype {pixels.dtype}"
     shapes = {np.dtype(np.uint8): ((), (3,), (4,)), np.dtype(np.float32): ((3,),)}
     if pixels.shape[2:] not in shapes.get(pixels.dtype, ()) or pixels.ndim < 2 or not pixels.size:
         raise ValueError(f"{found}; {accepted}")

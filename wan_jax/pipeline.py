@@ -6,19 +6,18 @@ weights can leave the device before the next begins.
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from wan_jax import clip, conditioning, sampler, streaming, tokenizer, umt5, xla
 from wan_jax import noise as noise_module
-from wan_jax import sampler, tokenizer, umt5, vae, xla
 from wan_jax.config import WanConfig
 from wan_jax.dit import Cond, DiT
+from wan_jax.images import Fit
 from wan_jax.request import Request, check_noise, make_request
 
 if TYPE_CHECKING:
@@ -27,16 +26,24 @@ if TYPE_CHECKING:
 Array = jax.Array
 OUTPUTS = ("frames", "latents", "stream")
 
-# At most so many latent frames are decoded at a time, and a number that divides, so that one
-# program serves all chunks. On an H200 at 480P: 1 takes 1.23 s for 81 frames, 2 1.18 s, 5 1.15 s.
-DECODE_CHUNK = 2
+
+class Known(NamedTuple):
+    """What images tell of a video, on the host, float32.
+
+    channels: [1, t, h, w, 4 + z], the mask of the known frames and the latents of a video that is
+    grey but for them. tokens: [1, s, d], CLIP's, those of a last frame behind those of the first.
+    """
+
+    channels: np.ndarray
+    tokens: np.ndarray
 
 
 class Progress(NamedTuple):
     """What a callback is told: `done` of `total` parts of a stage are finished.
 
-    stage: "load", "encode", "denoise", "decode" or, in bytes, "download", "convert", "upload",
-    "export"; the first report of each has done = 0 or, where a run is taken up, the steps before.
+    stage: "load", "encode", "image", "denoise", "decode" or, in bytes, "download", "convert",
+    "upload", "export"; the first report of each has done = 0 or, where a run is taken up, the steps
+    before.
     latents: float32 [b, t, h, w, c] after a denoising step, else None. carry: then also where the
     solver stands, in buffers that the next step reuses: copy what is kept.
     """
@@ -55,7 +62,7 @@ Callback = Callable[[Progress], None]
 class Wan:
     """A checkpoint ready to run.
 
-    loaders: {"dit" | "vae" | "umt5": function that puts the network on the device}.
+    loaders: {"dit" | "vae" | "umt5" | "clip": function that puts the network on the device}.
     offload: each stage's weights leave the device when it is done and are read again when needed.
     digest: SHA-256 over those of the source files, or "" for networks from elsewhere.
     """
@@ -89,6 +96,9 @@ class Wan:
         self,
         prompt: str | Sequence[str],
         *,
+        image: Any = None,
+        last_image: Any = None,
+        fit: Fit = "keep",
         negative_prompt: str | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
@@ -105,6 +115,9 @@ class Wan:
     ) -> Any:
         """Videos of the prompts; None takes the checkpoint's own default.
 
+        image, last_image: the first and last frame, where the checkpoint takes them: what
+        images.read_image() takes. fit: "keep" takes the first one's aspect ratio and only the area
+        of `size`, as the reference does; "crop" and "pad" make exactly `size` (see images.fit).
         size: (width, height) in pixels, multiples of 16. frames: 4n + 1 pixel frames. steps: 1 to
         1000. guidance: 1 runs a single pass. timesteps: 0..1000, decreasing, in place of the
         solver's schedule. noise: float [b, t, h, w, c] in place of the seed's. Video k of a prompt
@@ -114,11 +127,13 @@ class Wan:
         are decoded. Raises ValueError for what cannot be run, before anything is computed, and
         sampler.DivergedError naming the step at which latents became NaN or infinite.
         """
-        if output not in OUTPUTS:
-            raise ValueError(f"output is {output!r}; one of {OUTPUTS} is needed")
+        _check_output(output)
         request = make_request(
             self.config,
             prompt,
+            image=image,
+            last_image=last_image,
+            fit=fit,
             negative_prompt=negative_prompt,
             size=size,
             frames=frames,
@@ -131,17 +146,12 @@ class Wan:
             num_videos=num_videos,
         )
         start = self._noise(request, noise)
-        latents = self.denoise(request, self.encode_text(texts(request), callback), start, callback)
-        if output == "latents":
-            return np.array(latents)
+        context = self.encode_text(texts(request), callback)
+        known = self.encode_images(request, callback)
+        latents = self.denoise(request, context, start, callback, known=known)
         if output == "stream":
             return self.decode(latents, callback=callback)
-        with self._stage("vae", callback):
-            videos = [
-                np.concatenate(list(self._decode(latents[k : k + 1], "uint8", callback)), 1)
-                for k in range(latents.shape[0])
-            ]
-        return np.concatenate(videos)
+        return np.array(latents) if output == "latents" else self._frames(latents, callback)
 
     def encode_text(self, prompts: Sequence[str], callback: Callback | None = None) -> np.ndarray:
         """UMT5 states [b, s, d] of the cleaned prompts, zero past each text; on the host."""
@@ -155,6 +165,38 @@ class Wan:
                 _tell(callback, "encode", i + 1, len(prompts))
             del network
         return np.stack(contexts)
+
+    def encode_images(self, request: Request, callback: Callback | None = None) -> Known | None:
+        """What the images of a request tell of its videos; None for text to video."""
+        frames = request.known
+        if not frames:
+            return None
+        count, height, width, _ = request.latent_shape
+        total = 1 + count
+        with self._stage("clip", callback) as tower:
+            _tell(callback, "image", 0, total)
+            views = _commit(jnp.asarray(np.stack([frame.view for frame in frames])))
+            tokens = np.asarray(_encode_view(tower, views), np.float32)
+            del tower
+        _tell(callback, "image", 1, total)
+        latents = []
+        with self._stage("vae", callback) as network:
+            last = frames[1].pixels if len(frames) > 1 else None
+            for latent in streaming.encode(
+                network, frames[0].pixels, last, frames=request.frames, dtype=self.dtype
+            ):
+                latents.append(latent)
+                _tell(callback, "image", 1 + len(latents), total)
+            del network
+        mask = conditioning.mask_bthwc(
+            request.frames,
+            height=height,
+            width=width,
+            last=len(frames) > 1,
+            stride=self.config.vae.temporal_stride,
+        )
+        channels = np.concatenate([mask, np.concatenate(latents, axis=1)], axis=-1)
+        return Known(channels, tokens.reshape(1, -1, tokens.shape[-1]))
 
     def decode(
         self, latents: Any, *, dtype: str = "uint8", callback: Callback | None = None
@@ -171,39 +213,33 @@ class Wan:
             raise ValueError(f"latents have shape {np.shape(latents)}; [b, t, h, w, {z}] is needed")
         return self._stream(jnp.asarray(latents, jnp.float32), dtype, callback)
 
+    def _frames(self, latents: Array, callback: Callback | None) -> np.ndarray:
+        """uint8 [b, f, y, x, 3], decoded one video at a time."""
+        with self._stage("vae", callback) as network:
+            videos = [
+                np.concatenate(
+                    list(self._decode(network, latents[k : k + 1], "uint8", callback)), 1
+                )
+                for k in range(latents.shape[0])
+            ]
+            del network
+        return np.concatenate(videos)
+
     def _stream(
         self, latents: Array, dtype: str, callback: Callback | None
     ) -> Iterator[np.ndarray]:
-        with self._stage("vae", callback):
-            yield from self._decode(latents, dtype, callback)
+        with self._stage("vae", callback) as network:
+            yield from self._decode(network, latents, dtype, callback)
+            del network
 
     def _decode(
-        self, latents: Array, dtype: str, callback: Callback | None
+        self, network: Any, latents: Array, dtype: str, callback: Callback | None
     ) -> Iterator[np.ndarray]:
-        network = self.network("vae", callback)
         count = latents.shape[1]
-        chunk = max(k for k in range(1, DECODE_CHUNK + 1) if (count - 1) % k == 0)
         _tell(callback, "decode", 0, count)
-        b, _, height, width, _ = latents.shape
-        state = vae.decoder_state(self.config.vae, b, height=height, width=width)
-        starts = [0, *range(1, count, chunk)]
-        # One image is rounded, as the reference saves it; a video is truncated, as it writes those.
-        rounding = 0.5 if count == 1 else 0.0
-        waiting: tuple[Array, Array, int] | None = None
-        for start in starts:
-            stop = 1 if start == 0 else start + chunk
-            run = _decode_program(start == 0, dtype, self.dtype)
-            # A dynamic slice: a static one would be a program of its own for every chunk.
-            piece = lax.dynamic_slice_in_dim(latents, start, stop - start, axis=1)
-            pixels, finite, state = run(network, piece, state, rounding)
-            # The next chunk is computing on the device while the last one crosses to the host.
-            if waiting is not None:
-                yield _fetch(*waiting)
-                _tell(callback, "decode", waiting[2], count)
-            waiting = pixels, finite, stop
-        assert waiting is not None
-        yield _fetch(*waiting)
-        _tell(callback, "decode", count, count)
+        for frames, done in streaming.decode(network, latents, pixels=dtype, dtype=self.dtype):
+            yield frames
+            _tell(callback, "decode", done, count)
 
     def denoise(
         self,
@@ -211,12 +247,14 @@ class Wan:
         context: Any,
         start: Array | sampler.Carry,
         callback: Callback | None = None,
+        *,
+        known: Known | None = None,
     ) -> Array:
         """Latents [b, t, h, w, c] float32 of a request.
 
         context: states [n, s, d] of texts(request). start: noise [b, t, h, w, c], or the carry of
-        an interrupted run of the same request. Raises sampler.DivergedError naming the step at
-        which latents became NaN or infinite.
+        an interrupted run of the same request. known: of encode_images(request). Raises
+        sampler.DivergedError naming the step at which latents became NaN or infinite.
         """
         done = start.done if isinstance(start, sampler.Carry) else 0
         if isinstance(start, sampler.Carry):
@@ -230,9 +268,16 @@ class Wan:
 
         with self._stage("dit", callback) as network:
             _tell(callback, "denoise", done, len(request.schedule.table))
-            conds = _conditions(network, context, request)
+            tokens = None if known is None else known.tokens
+            conds = _conditions(network, context, request, tokens)
             return sampler.sample(
-                network, start, request.schedule, conds, guidance=request.guidance, on_step=on_step
+                network,
+                start,
+                request.schedule,
+                conds,
+                guidance=request.guidance,
+                known=None if known is None else _commit(jnp.asarray(known.channels)),
+                on_step=on_step,
             )
 
     def _noise(self, request: Request, noise: Any) -> Array:
@@ -244,16 +289,14 @@ class Wan:
         return _commit(jnp.asarray(check_noise(noise, request.noise_shape)))
 
 
+def _check_output(output: str) -> None:
+    if output not in OUTPUTS:
+        raise ValueError(f"output is {output!r}; one of {OUTPUTS} is needed")
+
+
 def texts(request: Request) -> tuple[str, ...]:
     """The texts to encode: the prompts and, where guidance needs it, the negative prompt last."""
     return (*request.prompts, *((request.negative,) if request.guidance != 1.0 else ()))
-
-
-def _fetch(pixels: Array, finite: Array, stop: int) -> np.ndarray:
-    """Frames on the host; DivergedError if they hold NaN, which bytes would show as black."""
-    if not bool(finite):
-        raise sampler.DivergedError(f"frames became NaN or infinite by latent frame {stop}")
-    return np.asarray(pixels)
 
 
 def _tell(callback: Callback | None, stage: str, done: int, total: int) -> None:
@@ -267,39 +310,23 @@ def _commit(array: Array) -> Array:
 
 
 _encode_text = xla.jit(umt5.encode)
+_encode_view = xla.jit(lambda tower, views: clip.encode(tower, clip.normalise(views)))
 _prepare = xla.jit(DiT.prepare)
 
 
-def _conditions(network: DiT, context: Array, request: Request) -> tuple[Cond, ...]:
-    """Conditions of the videos and, where the context has one row more, of the negative prompt."""
+def _conditions(
+    network: DiT, context: Array, request: Request, tokens: np.ndarray | None
+) -> tuple[Cond, ...]:
+    """Conditions of the videos and, where the context has one row more, of the negative prompt.
+
+    tokens: [1, s, d] of the images, for all of them.
+    """
     context = _commit(jnp.asarray(context))
     n, b = len(request.prompts), len(request.prompts) * request.num_videos
     rows = [jnp.repeat(context[:n], request.num_videos, axis=0)]
     if context.shape[0] > n:
         rows.append(jnp.repeat(context[n:], b, axis=0))
-    return tuple(_prepare(network, row) for row in rows)
-
-
-def _vae_precision(dtype: str) -> lax.Precision:
-    """The reference's: TF32 convolutions on NVIDIA; three bfloat16 passes are TPU's nearest."""
-    if dtype == "float32":
-        return lax.Precision.HIGHEST
-    return lax.Precision.HIGH if jax.default_backend() == "tpu" else lax.Precision.DEFAULT
-
-
-@functools.cache
-def _decode_program(first: bool, pixels: str, dtype: str) -> Callable[..., Any]:
-    """The compiled decoder of a first or a following chunk; the state's buffers are reused."""
-    decode = vae.decode_first if first else vae.decode_next
-
-    def run(
-        network: vae.VAE, latents: Array, state: vae.State, rounding: Array
-    ) -> tuple[Array, Array, vae.State]:
-        frames, state = decode(network, latents, state, precision=_vae_precision(dtype))
-        finite = jnp.all(jnp.isfinite(frames))
-        if pixels == "uint8":
-            levels = (frames + 1.0) * 0.5 * 255.0 + rounding
-            frames = jnp.minimum(levels, 255.0).astype(jnp.uint8)
-        return frames, finite, state
-
-    return xla.jit(run, donate_argnums=2)
+    if tokens is None:
+        return tuple(_prepare(network, row) for row in rows)
+    image = _commit(jnp.repeat(jnp.asarray(tokens), b, axis=0))
+    return tuple(_prepare(network, row, image) for row in rows)

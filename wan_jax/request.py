@@ -2,21 +2,32 @@
 
 import numbers
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from wan_jax import noise
+from wan_jax import images, noise
 from wan_jax.config import WanConfig
 from wan_jax.schedulers import Schedule, make_schedule
 
+_KINDS = ("a video of a text", "a video of a text and an image", "a video between two images")
+# In patches: the longest that the reference's tables of positions are.
+_MAX_SIDE = 1024
+
 
 class Request(NamedTuple):
-    """A checked set of arguments of generate(), with every default filled in."""
+    """A checked set of arguments of generate(), with every default filled in.
+
+    size: (width, height) as asked for. known: the frames that are known, at the size of the video,
+    which need not be the one asked for.
+    """
 
     prompts: tuple[str, ...]
     negative: str
+    size: tuple[int, int]
+    frames: int
+    known: tuple[images.Frame, ...]
     latent_shape: tuple[int, int, int, int]
     schedule: Schedule
     guidance: float
@@ -33,6 +44,9 @@ def make_request(
     config: WanConfig,
     prompt: str | Sequence[str],
     *,
+    image: Any = None,
+    last_image: Any = None,
+    fit: images.Fit = "keep",
     negative_prompt: str | None = None,
     size: tuple[int, int] | None = None,
     frames: int | None = None,
@@ -44,43 +58,80 @@ def make_request(
     seed: int | None = None,
     num_videos: int = 1,
 ) -> Request:
-    """The arguments of Wan.generate() with defaults filled in.
+    """The arguments of Wan.generate() with defaults filled in; images are read and fitted.
 
     Raises ValueError "<argument> is <value>; <what is accepted>" for one that cannot be run.
     """
     defaults = config.defaults
-    texts = (prompt,) if isinstance(prompt, str) or not isinstance(prompt, Iterable) else prompt
-    prompts = tuple(texts)
-    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ValueError(f"prompt is {prompt!r}; one text or a list of texts is needed")
-    negative = defaults.negative_prompt if negative_prompt is None else negative_prompt
-    if not isinstance(negative, str):
-        raise ValueError(f"negative_prompt is {negative!r}; one text is needed")
+    prompts, negative = _texts(prompt, _chosen(negative_prompt, defaults.negative_prompt))
     if timesteps is not None and not isinstance(timesteps, Iterable):
         raise ValueError(f"timesteps is {timesteps!r}; a list of numbers from 1000 to 0 is needed")
     given = None if timesteps is None else tuple(timesteps)
     if steps is None:
         steps = defaults.steps if given is None else len(given)
-    return Request(
+    size, frames = _chosen(size, defaults.size), _chosen(frames, defaults.frames)
+    shape = latent_shape(config, size=size, frames=frames)
+    width, height = (int(side) for side in size)
+    request = Request(
         prompts=prompts,
         negative=negative,
-        latent_shape=latent_shape(
-            config,
-            size=defaults.size if size is None else size,
-            frames=defaults.frames if frames is None else frames,
-        ),
+        size=(width, height),
+        frames=int(frames),
+        known=(),
+        latent_shape=shape,
         schedule=make_schedule(
-            defaults.solver if solver is None else solver,
+            _chosen(solver, defaults.solver),
             steps,
-            shift=defaults.shift if shift is None else shift,
+            shift=_chosen(shift, defaults.shift_at(width, height)),
             timesteps=given,
         ),
-        guidance=_finite("guidance", defaults.guidance if guidance is None else guidance),
-        seed=_integer(
-            "seed", secrets.randbits(63) if seed is None else seed, low=0, high=noise.MAX_SEED
-        ),
+        guidance=_finite("guidance", _chosen(guidance, defaults.guidance)),
+        seed=_integer("seed", _chosen(seed, secrets.randbits(63)), low=0, high=noise.MAX_SEED),
         num_videos=_integer("num_videos", num_videos, low=1),
     )
+    sources = {"image": image, "last_image": last_image}
+    return _with_images(request, config, sources, fit)  # last, for reading takes longest
+
+
+def _chosen(given: Any, default: Any) -> Any:
+    return default if given is None else given
+
+
+def _texts(prompt: Any, negative: Any) -> tuple[tuple[str, ...], str]:
+    """The prompts and the negative prompt; ValueError if they are none."""
+    texts = (prompt,) if isinstance(prompt, str) or not isinstance(prompt, Iterable) else prompt
+    prompts = tuple(texts)
+    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ValueError(f"prompt is {prompt!r}; one text or a list of texts is needed")
+    if not isinstance(negative, str):
+        raise ValueError(f"negative_prompt is {negative!r}; one text is needed")
+    return prompts, negative
+
+
+def _with_images(
+    request: Request, config: WanConfig, sources: Mapping[str, Any], fit: images.Fit
+) -> Request:
+    """The request with its known frames; ValueError unless the images are those that it needs."""
+    needed = list(sources)[: config.images]
+    for name, source in sources.items():
+        if (source is not None) != (name in needed):
+            state = "missing" if source is None else "given"
+            raise ValueError(f"{name} is {state}; this checkpoint makes {_KINDS[config.images]}")
+    if config.clip is None:
+        return request
+    if len(needed) == 2 and request.frames == 1:
+        stride = config.vae.temporal_stride
+        raise ValueError(f"frames is 1; a first and a last frame need {1 + stride} or more")
+    known = images.known_frames(
+        [images.read_image(sources[name], name=name) for name in needed],
+        request.size,
+        fit,
+        side=config.clip.image_size,
+        multiple=config.size_multiple,
+    )
+    rows, columns = (side // config.vae.spatial_stride for side in known[0].pixels.shape[:2])
+    t, _, _, channels = request.latent_shape
+    return request._replace(known=known, latent_shape=(t, rows, columns, channels))
 
 
 def latent_shape(config: WanConfig, *, size: Any, frames: Any) -> tuple[int, int, int, int]:
@@ -94,6 +145,9 @@ def latent_shape(config: WanConfig, *, size: Any, frames: Any) -> tuple[int, int
         raise ValueError(f"size is {size}; width and height in multiples of {multiple} are needed")
     if not _is_integer(frames) or frames < 1 or (frames - 1) % stride:
         raise ValueError(f"frames is {frames}; {stride}n + 1 is needed: 1, {stride + 1}, ...")
+    longest = _MAX_SIDE * multiple
+    if max(sides) > longest:
+        raise ValueError(f"size is {size}; sides up to {longest} are possible")
     width, height = (int(n) // config.vae.spatial_stride for n in sides)
     return 1 + (int(frames) - 1) // stride, height, width, config.vae.z_dim
 

@@ -57,15 +57,21 @@ def velocity(
     conds: Sequence[Cond],
     guidance: Array,
     *,
+    known: Array | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Guided velocity [b, t, h, w, c] float32 of x at timestep t (0..1000, a scalar).
+
+    known: [1 or b, t, h, w, channels] that the network reads behind those of x: what an image tells
+    of the video, the same in both branches.
 
     conds holds the prompt's conditions and, unless one pass is meant, the negative prompt's:
     v = v_neg + guidance * (v_pos - v_neg). The branches run in turn, as in the reference: at video
     lengths a doubled batch is no faster and needs twice the memory.
     """
     t_b = jnp.full((x.shape[0],), t, jnp.float32)
+    if known is not None:
+        x = jnp.concatenate([x, jnp.broadcast_to(known, (*x.shape[:-1], known.shape[-1]))], -1)
     positive = dit(x, t_b, conds[0], implementation=implementation)
     if len(conds) == 1:
         return positive
@@ -83,14 +89,16 @@ def step(
     guidance: Array,
     noise: Array | None = None,
     *,
+    known: Array | None = None,
     implementation: str | None = None,
 ) -> State:
     """One solver step: predict data, correct the sample, move on. `row` holds float32 scalars.
 
-    noise is what a row with a coefficient for it adds; every solver here has zero there.
+    noise is what a row with a coefficient for it adds; every solver here has zero there. known: as
+    velocity() has it.
     """
     x, last, m0, m1 = state
-    v = velocity(dit, x, row.timestep, conds, guidance, implementation=implementation)
+    v = velocity(dit, x, row.timestep, conds, guidance, known=known, implementation=implementation)
     m = x - row.sigma * v
     corrected = row.cx * x + row.cl * last + row.c0 * m0 + row.c1 * m1 + row.cm * m
     moved = row.px * corrected + row.pm * m + row.p0 * m0
@@ -110,9 +118,10 @@ def _checked_step(
     row: Row,
     conds: Sequence[Cond],
     guidance: Array,
+    known: Array | None,
     implementation: str | None = None,
 ) -> tuple[State, Array]:
-    state = step(dit, state, row, conds, guidance, implementation=implementation)
+    state = step(dit, state, row, conds, guidance, known=known, implementation=implementation)
     return state, jnp.all(jnp.isfinite(state.x))
 
 
@@ -130,12 +139,14 @@ def sample(
     conds: Sequence[Cond],
     *,
     guidance: float,
+    known: Array | None = None,
     on_step: OnStep | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Latents [b, t, h, w, c] float32 from noise of that shape: the loop driver.
 
     start: the noise, or where an interrupted run stood, whose bits go on as if it had not been.
+    known: as velocity() has it.
     on_step(carry, steps) is called after every step; what it raises stops the loop, and it must
     copy the arrays that it wants to keep, as the next step reuses their buffers. Raises
     DivergedError naming the step whose latents are no longer finite.
@@ -145,7 +156,7 @@ def sample(
     scale, rows = np.float32(guidance), _rows(schedule)
     for i, row in enumerate(rows[done:], start=done + 1):
         state, finite = _jitted_step(
-            dit, state, row, tuple(conds), scale, implementation=implementation
+            dit, state, row, tuple(conds), scale, known, implementation=implementation
         )
         if not bool(finite):
             raise DivergedError(
@@ -164,6 +175,7 @@ def sample_scan(
     conds: Sequence[Cond],
     guidance: Array,
     *,
+    known: Array | None = None,
     implementation: str | None = None,
 ) -> Array:
     """The same as sample(), to be compiled as one program (xla.jit, implementation static).
@@ -173,7 +185,8 @@ def sample_scan(
 
     def body(state: State, values: Array) -> tuple[State, None]:
         row = Row._make(values[i] for i in range(len(Row._fields)))
-        return step(dit, state, row, conds, guidance, implementation=implementation), None
+        state = step(dit, state, row, conds, guidance, known=known, implementation=implementation)
+        return state, None
 
     state, _ = lax.scan(body, initial_state(noise_bthwc), table)
     return state.x

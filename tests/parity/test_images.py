@@ -56,7 +56,7 @@ def test_resize_is_torchs(source, target, values):
 
 def test_clip_view_is_torchs():
     image = np.random.default_rng(0).uniform(-1, 1, (451, 677, 3)).astype(np.float32)
-    distance = np.abs(images.clip_view(image) - torch_resize(image, 224, 224)).max()
+    distance = np.abs(images.clip_view(image, 224) - torch_resize(image, 224, 224)).max()
     assert distance <= tolerances.IMAGE_RESIZE
 
 

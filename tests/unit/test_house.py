@@ -43,7 +43,7 @@ ORDER = (
     {"weights.sources"},
     {"weights.checkpoint", "weights.miniature", "weights.remote"},
     {"weights.export"},
-    {"request"},
+    {"request", "streaming"},
     {"pipeline"},
     {"loading"},
     {"__init__"},

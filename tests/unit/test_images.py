@@ -442,7 +442,7 @@ def test_batches_are_their_members():
     for k in range(3):
         alone = images.resize_bicubic(batch[k], height=5, width=12)
         np.testing.assert_array_equal(resized[k], alone)
-    np.testing.assert_array_equal(images.clip_view(batch)[1], images.clip_view(batch[1]))
+    np.testing.assert_array_equal(images.clip_view(batch, 224)[1], images.clip_view(batch[1], 224))
     for how in ("keep", "crop", "pad"):
         fitted = images.fit(batch, (32, 48), how)
         np.testing.assert_array_equal(fitted[1], images.fit(batch[1], (32, 48), how))
@@ -451,7 +451,7 @@ def test_batches_are_their_members():
 def test_clip_view_squashes_all_of_it():
     image = random_image(30, 80)
     expected = images.resize_bicubic(image, height=224, width=224)
-    np.testing.assert_array_equal(images.clip_view(image), expected)
+    np.testing.assert_array_equal(images.clip_view(image, 224), expected)
 
 
 @pytest.mark.parametrize(
