@@ -41,8 +41,8 @@ class Known(NamedTuple):
 class Progress(NamedTuple):
     """What a callback is told: `done` of `total` parts of a stage are finished.
 
-    stage: "load", "encode", "image", "denoise", "decode" or, in bytes, "download", "convert",
-    "upload", "export"; the first report of each has done = 0 or, where a run is taken up, the steps
+    stage: "load", "encode", "clip", "image", "denoise", "decode" or, in bytes, "download",
+    "convert", "upload", "export"; the first report of each has done = 0 or, where a run is taken up, the steps
     before.
     latents: float32 [b, t, h, w, c] after a denoising step, else None. carry: then also where the
     solver stands, in buffers that the next step reuses: copy what is kept.
@@ -172,21 +172,21 @@ class Wan:
         if not frames:
             return None
         count, height, width, _ = request.latent_shape
-        total = 1 + count
         with self._stage("clip", callback) as tower:
-            _tell(callback, "image", 0, total)
+            _tell(callback, "clip", 0, 1)
             views = _commit(jnp.asarray(np.stack([frame.view for frame in frames])))
             tokens = np.asarray(_encode_view(tower, views), np.float32)
+            _tell(callback, "clip", 1, 1)
             del tower
-        _tell(callback, "image", 1, total)
         latents = []
         with self._stage("vae", callback) as network:
+            _tell(callback, "image", 0, count)
             last = frames[1].pixels if len(frames) > 1 else None
             for latent in streaming.encode(
                 network, frames[0].pixels, last, frames=request.frames, dtype=self.dtype
             ):
                 latents.append(latent)
-                _tell(callback, "image", 1 + len(latents), total)
+                _tell(callback, "image", len(latents), count)
             del network
         mask = conditioning.mask_bthwc(
             request.frames,
