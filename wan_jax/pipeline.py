@@ -42,10 +42,9 @@ class Progress(NamedTuple):
     """What a callback is told: `done` of `total` parts of a stage are finished.
 
     stage: "load", "encode", "clip", "image", "denoise", "decode" or, in bytes, "download",
-    "convert", "upload", "export"; the first report of each has done = 0 or, where a run is taken up, the steps
-    before.
-    latents: float32 [b, t, h, w, c] after a denoising step, else None. carry: then also where the
-    solver stands, in buffers that the next step reuses: copy what is kept.
+    "convert", "upload", "export"; the first report of each has done = 0 or, where a run is taken
+    up, the steps before. latents: float32 [b, t, h, w, c] after a denoising step, else None. carry:
+    then also where the solver stands, in buffers that the next step reuses: copy what is kept.
     """
 
     stage: str
