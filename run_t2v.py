@@ -11,15 +11,14 @@ from pathlib import Path
 from absl import flags
 
 from wan_jax import cli, jobs, runner
-
-TASKS = ("t2v-1.3B", "t2v-14B", "t2i-14B")
+from wan_jax.tasks import TEXT_TASKS
 
 
 def main(values: flags.FlagValues) -> None:
     """Check everything, then run."""
-    runner.execute(values, jobs.plan(values, Path(__file__).parent / "configs"))
+    runner.execute(values, jobs.plan(values, Path(__file__).parent / "configs", TEXT_TASKS))
 
 
 if __name__ == "__main__":
-    cli.define_flags(TASKS)
+    cli.define_flags(TEXT_TASKS)
     cli.run(main)

@@ -121,7 +121,7 @@ def make_source(path: Path, scale: str) -> None:
     from wan_jax.config import NANO_T2V, T2V_1_3B
     from wan_jax.tokenizer import write_byte_tokenizer
     from wan_jax.weights.folders import written_whole
-    from wan_jax.weights.sources import UMT5_PTH, VAE_PTH
+    from wan_jax.weights.layouts import UMT5_PTH, VAE_PTH
 
     wanted, stream = tensors(scale), np.random.default_rng(0)
     config = T2V_1_3B if scale == "full" else NANO_T2V

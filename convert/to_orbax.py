@@ -19,12 +19,18 @@ from absl import flags
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout's own wan_jax, as for run_*.py
 
 from wan_jax import cli, loading
+from wan_jax.config import PARTS
 from wan_jax.weights import checkpoint, folders, remote
-from wan_jax.weights.sources import PARTS, Folder, open_folder
+from wan_jax.weights.sources import Folder, open_folder
 
 flags.DEFINE_string("src", None, "Folder, .safetensors file, hub id or gs:// path to read.")
 flags.DEFINE_string("dst", None, "Folder or gs:// path to write; needed without --dry_run.")
-flags.DEFINE_list("parts", list(PARTS), "Networks to convert: dit, vae, umt5.")
+flags.DEFINE_list(
+    "parts",
+    None,
+    "Networks to convert, some of dit,vae,umt5,clip; default: the DiT and all that it needs, so "
+    "clip where it takes an image.",
+)
 flags.DEFINE_enum(
     "dtype",
     None,
@@ -43,12 +49,13 @@ def main(values: flags.FlagValues) -> None:
     for name in ("src",) if values.dry_run else ("src", "dst"):
         if not values[name].value:
             raise ValueError(f"--{name} is missing; a path is needed")
-    wrong = sorted(set(values.parts) - set(PARTS))
-    if wrong or not values.parts:
+    given = values.parts
+    wrong = sorted(set(given or ()) - set(PARTS))
+    if wrong or given == []:
         raise ValueError(f"--parts has {wrong}; some of {', '.join(PARTS)} are needed")
     # What is only read and written must not take a GPU or TPU.
     jax.config.update("jax_platforms", "cpu")
-    parts = [part for part in PARTS if part in values.parts]
+    parts = None if given is None else [part for part in PARTS if part in given]
     if values.dry_run or remote.is_bucket(values.dst):
         target = None if values.dry_run else remote.bucket_path(values.dst)
         _convert(values, target, parts)
@@ -63,7 +70,7 @@ def main(values: flags.FlagValues) -> None:
         _convert(values, target, parts)
 
 
-def _convert(values: flags.FlagValues, target: Any, parts: list[str]) -> None:
+def _convert(values: flags.FlagValues, target: Any, parts: list[str] | None) -> None:
     """Check the source and write it to target; None only checks."""
     before = _existing(target, parts, values.dtype)
     dtype = before or values.dtype or "bfloat16"
@@ -92,7 +99,7 @@ def _convert(values: flags.FlagValues, target: Any, parts: list[str]) -> None:
     cli.say(f"wrote {target}")
 
 
-def _existing(target: Any, parts: list[str], dtype: str | None) -> str | None:
+def _existing(target: Any, parts: list[str] | None, dtype: str | None) -> str | None:
     """The dtype of the checkpoint that the parts are to be added to, if there is one."""
     if target is None or not loading.is_checkpoint(target):
         if isinstance(target, Path):
@@ -104,7 +111,7 @@ def _existing(target: Any, parts: list[str], dtype: str | None) -> str | None:
     if not isinstance(target, Path):
         raise ValueError(f"--dst {target} is there already; parts are added to local folders only")
     manifest = checkpoint.read_manifest(target)
-    both = [part for part in parts if part in manifest["parts"]]
+    both = [part for part in manifest["parts"] if parts is None or part in parts]
     if both:
         raise ValueError(f"--dst {target} has {', '.join(both)} already; give another name")
     if dtype not in (None, manifest["dtype"]):

@@ -2,8 +2,9 @@
 
     python convert/to_safetensors.py --src CHECKPOINT --dst DIR --layout diffusers
 
-With --layout diffusers, WanPipeline.from_pretrained(DIR) loads it; with --layout original it lies
-as in Wan2.1's own repositories, in safetensors throughout. Every tensor gets the dtype that it had
+With --layout diffusers, WanPipeline.from_pretrained(DIR) loads it, or WanImageToVideoPipeline what
+takes an image; with --layout original it lies as in Wan2.1's own repositories, in safetensors
+throughout, and CLIP is left out by --parts dit,vae,umt5. Every tensor gets the dtype that it had
 before it was converted, or the one that --dtype says. Weights stay on the host.
 """
 
@@ -24,7 +25,7 @@ def define_flags() -> None:
     flags.DEFINE_string("src", None, "A checkpoint that to_orbax.py wrote.", required=True)
     flags.DEFINE_string("dst", None, "The folder to write; it must not exist.", required=True)
     flags.DEFINE_enum("layout", None, export.LAYOUTS, "Whose files and names.", required=True)
-    flags.DEFINE_list("parts", None, "Some of dit,vae,umt5; default: all that --src has.")
+    flags.DEFINE_list("parts", None, "Some of dit,vae,umt5,clip; default: all in --src.")
     flags.DEFINE_enum("dtype", "source", export.DTYPES, "source: each tensor's own, if it fits.")
     flags.DEFINE_float(
         "max_shard_size",

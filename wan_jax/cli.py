@@ -5,14 +5,15 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from absl import app, flags, logging
 from tqdm import tqdm
 
 from wan_jax import loading
+from wan_jax.images import Fit
 from wan_jax.pipeline import Progress
 from wan_jax.sampler import DivergedError
 from wan_jax.schedulers import SOLVERS
@@ -44,8 +45,13 @@ class _Words(flags.ArgumentParser):
         return "True or False"
 
 
-def define_flags(tasks: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Define the reference's flags and ours on `values`; `tasks` are the values of --task."""
+def define_flags(
+    tasks: Collection[str], values: flags.FlagValues = flags.FLAGS, *, images: bool = False
+) -> None:
+    """Define the reference's flags and ours on `values`.
+
+    tasks: the values of --task. images: also those of a script that takes images.
+    """
     string = functools.partial(flags.DEFINE_string, flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
     number = functools.partial(flags.DEFINE_float, flag_values=values)
@@ -59,7 +65,7 @@ def define_flags(tasks: Sequence[str], values: flags.FlagValues = flags.FLAGS) -
     prompts = "What the video shows; may be given several times."
     flags.DEFINE_multi_string("prompt", None, prompts, flag_values=values)
     string("prompts_file", None, "A prompt a line, as text or as JSON with its own settings.")
-    integer("num_videos", 1, "Videos of each prompt.")
+    integer("num_videos", 1, "Videos, or images, of each prompt.")
     string("negative_prompt", None, "What it should not be; the default is the reference's.")
     string("sample_solver", None, f"Solver: one of {', '.join(SOLVERS)}.")
     integer("sample_steps", None, "Solver steps, 1 to 1000.")
@@ -70,6 +76,12 @@ def define_flags(tasks: Sequence[str], values: flags.FlagValues = flags.FLAGS) -
     string("save_file", None, "Output: .mp4, .gif, .webp, .png, or .npz (floats and latents).")
     switch("skip_existing", False, "Leave videos out that an earlier run has finished.")
     string("resume_dir", None, "Where Ctrl-C or SIGTERM leaves a state that the next run takes up.")
+    if images:
+        string("image", None, "Image that the video begins with (i2v); .png, .jpg, .webp, ...")
+        string("first_frame", None, "Image that the video begins with (flf2v).")
+        string("last_frame", None, "Image that the video ends with (flf2v).")
+        text = "keep: --size is an area, the image's shape stays; crop or pad: exactly --size."
+        choice("fit", "keep", get_args(Fit), text)
     words, text = _Words(), "True: a stage's weights leave the device when it is done."
     flags.DEFINE(words, "offload_model", True, text, flag_values=values)
     switch("t5_cpu", False, "Run the text encoder on the CPU.")
@@ -110,10 +122,11 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
         more = f"; {advice}" if advice else ""
         try:
             main(flags.FLAGS)
-        except ValueError as error:
-            _fail(str(error))
-        except (DivergedError, OSError, RuntimeError) as error:  # out of memory is one of the last
-            _fail(str(error), status=1)
+        except (ValueError, DivergedError, OSError, RuntimeError) as error:
+            if _received:  # a library made another error of the signal's
+                _fail(f"terminated{more}", status=128 + _received[0])
+            # Out of memory is a RuntimeError.
+            _fail(str(error), status=2 if isinstance(error, ValueError) else 1)
         except Stopped as error:
             _fail(f"{error}{more}", status=error.status)
         except KeyboardInterrupt:

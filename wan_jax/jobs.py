@@ -1,46 +1,45 @@
 """From flags, configuration files and prompt files to videos to make, all checked beforehand."""
 
-import ast
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 
-from wan_jax import loading, media, noise_file, outputs
+from wan_jax import images, loading, media, noise_file, outputs, tasks
 from wan_jax.cli import Reporter, say
-from wan_jax.config import RELEASED, T2V_14B, WanConfig
+from wan_jax.config import WanConfig
 from wan_jax.outputs import Job
 from wan_jax.prompts import FLAG_OF, Entry, entries, parse_size
 from wan_jax.request import Request, make_request
 from wan_jax.weights import folders, remote
 
-_DEFAULTS = ("negative_prompt", "size", "frames", "steps", "shift", "guidance", "solver")
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All of one run. source: the checkpoint on this machine; None is the random miniature."""
+    """All of one run. source: what load() takes, on this machine; None is its miniature."""
 
-    source: Path | None
+    source: Any
     config: WanConfig
     jobs: tuple[Job, ...]
     skipped: tuple[Path, ...]
 
 
-def plan(values: flags.FlagValues, configs: Path) -> Plan:
+def plan(values: flags.FlagValues, configs: Path, names: Collection[str]) -> Plan:
     """Check every flag against the checkpoint before anything slow starts.
 
-    configs: the folder of the tasks' settings. Raises ValueError naming the flag, its value and
-    what would be accepted.
+    configs: the folder of the tasks' settings. names: the script's tasks. Raises ValueError naming
+    the flag, its value and what would be accepted.
     """
     _check_unsupported(values)
-    settings = _settings(values, configs)
+    settings = tasks.settings(values, configs)
     found = entries(values)
     cache = values.cache_dir or str(loading.default_cache_dir())
     for flag, folder in (("resume_dir", values.resume_dir), ("cache_dir", cache)):
@@ -50,9 +49,9 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
     path = values.ckpt_dir
     if path is not None and not Path(path).exists():  # elsewhere, if anywhere
         # What is wrong in any case is said before gigabytes are downloaded.
-        likely = RELEASED.get((values.task or "").replace("t2i", "t2v"), T2V_14B)
+        likely = tasks.likely(values, names)
         _placed(values, _all_jobs(values, likely, settings, found), digest=None)
-    source, digest = None, None
+    source, digest = tasks.miniature(values, names), None
     with _naming("ckpt_dir", path):
         if path is not None:
             source = loading.fetch(
@@ -61,6 +60,7 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
         config = loading.read_config(source)
         if values.skip_existing:
             digest = loading.known_digest(source, dtype=values.dtype, cache_dir=values.cache_dir)
+    tasks.check_checkpoint(values, config, names)
     jobs = _all_jobs(values, config, settings, found)
     _warn(settings, jobs)
     placed, skipped = _placed(values, jobs, digest=digest)
@@ -71,12 +71,12 @@ def _all_jobs(
     values: flags.FlagValues,
     config: WanConfig,
     settings: Mapping[str, Any],
-    found: Sequence[Entry],
+    prompts: Sequence[Entry],
 ) -> list[Job]:
     jobs: list[Job] = []
-    for number, entry in enumerate(found):
-        request, arguments = _request(config, values, settings, entry)
-        for job in _jobs(values, entry, request, arguments):
+    for number, entry in enumerate(prompts):
+        request, found = _request(config, values, settings, entry)
+        for job in _jobs(values, entry, request, found):
             same = sum(job.wanted == other.wanted for other in jobs)
             jobs.append(dataclasses.replace(job, prompt=number, copy=same))
     return jobs
@@ -113,50 +113,13 @@ def _check_unsupported(values: flags.FlagValues) -> None:
         )
 
 
-# Settings
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The literal of a configuration file, `config = {...}`; nothing in the file is executed."""
-    try:
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        values = [n.value for n in module.body if isinstance(n, ast.Assign)]
-        settings = dict(ast.literal_eval(values[0]))
-        settings["sizes"] = [(int(w), int(h)) for w, h in settings.get("sizes", ())]
-    except (OSError, SyntaxError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"--config {path} is not a file with one `config = {{...}}`: {error}"
-        ) from error
-    unknown = sorted(set(settings) - {"sizes", *_DEFAULTS})
-    if unknown:
-        known = ["sizes", *_DEFAULTS]
-        raise ValueError(f"--config {path} has unknown settings {unknown}; known: {known}")
-    return settings
-
-
-def _settings(values: flags.FlagValues, configs: Path) -> dict[str, Any]:
-    if values.task is not None and values.config is not None:
-        raise ValueError(
-            f"--task {values.task} and --config {values.config} are both given; need one"
-        )
-    if values.task is not None and values.ckpt_dir is None:
-        repository = f"Wan-AI/Wan2.1-{values.task.upper().replace('T2I', 'T2V')}-Diffusers"
-        raise ValueError(
-            f"--task {values.task} needs --ckpt_dir: a folder, or {repository}, which is downloaded"
-        )
-    if values.task is not None:
-        name = values.task.lower().replace("-", "_").replace(".", "_")
-        return read_settings(configs / f"{name}.py")
-    return {} if values.config is None else read_settings(Path(values.config))
-
-
 # Requests
 
 
 def _request(
     config: WanConfig, values: flags.FlagValues, settings: Mapping[str, Any], entry: Entry
 ) -> tuple[Request, dict[str, Any]]:
-    """The request of a prompt and the arguments that make it, every default filled in."""
+    """The request of a prompt, and what its images are as JSON."""
     given = {
         "negative_prompt": values.negative_prompt,
         "size": parse_size(values.size) if values.size is not None else None,
@@ -165,65 +128,97 @@ def _request(
         "shift": values.sample_shift,
         "solver": values.sample_solver,
         "guidance": values.sample_guide_scale,
+        "seed": None if values.base_seed == -1 else values.base_seed,
+        "num_videos": values.num_videos,
+        **tasks.images(values, config.images),
     }
     if values.base_seed < -1:
         raise ValueError(f"--base_seed is {values.base_seed}; 0 or more is needed, or -1 for any")
     own = {k: v for k, v in entry.values.items() if k != "save_file"}
-    arguments: dict[str, Any] = {"num_videos": values.num_videos}
-    if values.base_seed != -1:
-        arguments["seed"] = values.base_seed
-    for name in _DEFAULTS:
-        chosen = settings.get(name) if given[name] is None else given[name]
-        arguments[name] = getattr(config.defaults, name) if chosen is None else chosen
-    arguments |= own
+    arguments = {k: v for k, v in given.items() if v is not None} | own
+    usual = {k: v for k, v in settings.items() if k != "sizes"}
+    defaults = dataclasses.replace(config.defaults, **usual)
     try:
-        request = make_request(config, **arguments)
+        found = _open_images(arguments, values)
+        request = make_request(dataclasses.replace(config, defaults=defaults), **arguments)
     except ValueError as error:
         name = str(error).split(" ", 1)[0].split("=", 1)[0]
         if name in own and entry.where:
             raise ValueError(f"{entry.where}: {error}") from error
         if given.get(name) is None and name in settings:
             raise ValueError(f"--config {values.config}: {error}") from error
-        raise ValueError(_name_flag(str(error))) from error
-    if request.latent_shape[0] != 1 and (values.task or "").startswith("t2i"):
+        raise ValueError(_name_flag(str(error), config.images)) from error
+    if request.frames != 1 and (values.task or "").startswith("t2i"):
         name = f"{entry.where}: frames" if "frames" in own else "--frame_num"
-        raise ValueError(f"{name} is {arguments['frames']}; --task {values.task} makes 1")
-    return request, arguments
+        raise ValueError(f"{name} is {request.frames}; --task {values.task} makes 1")
+    if request.known:
+        height, width = request.known[0].pixels.shape[:2]
+        found["resolution"] = [width, height]
+    return request, found
 
 
-def _name_flag(message: str) -> str:
+def _open_images(arguments: dict[str, Any], values: flags.FlagValues) -> dict[str, Any]:
+    """Put pixels in the place of paths; gives what tells the images apart, as JSON."""
+    found: dict[str, Any] = {}
+    for name in ("image", "last_image"):
+        path = arguments.get(name)
+        if path is None:
+            continue
+        if not Path(path).is_file():
+            images.read_image(path, name=name)  # says what is wrong
+        try:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ValueError(f"{name} {path!r} cannot be read: {error.strerror}") from error
+        arguments[name] = _image(path, name, digest)
+        found |= {f"{name}_sha256": digest}
+    if found:
+        arguments.setdefault("fit", values.fit)
+        found["fit"] = arguments["fit"]
+    return found
+
+
+@functools.lru_cache(maxsize=2)  # many prompts may have one image; all images may be too many
+def _image(path: str, name: str, digest: str) -> np.ndarray:
+    del digest  # another file of this name is another image
+    return images.read_image(path, name=name)
+
+
+def _name_flag(message: str, count: int) -> str:
     """A library's "steps is 0; ..." as "--sample_steps is 0; ..."."""
     name, rest = message.split(" ", 1)
     name, equals, value = name.partition("=")
+    if name in ("image", "last_image"):
+        return f"--{tasks.image_flag(name, count)} {rest}"
     return f"--{FLAG_OF[name]}{equals}{value} {rest}" if name in FLAG_OF else message
 
 
 def _jobs(
-    values: flags.FlagValues,
-    entry: Entry,
-    request: Request,
-    arguments: Mapping[str, Any],
+    values: flags.FlagValues, entry: Entry, request: Request, found: Mapping[str, Any]
 ) -> Iterator[Job]:
-    """The videos of one prompt; their outputs are placed later."""
+    """The videos of one prompt; their outputs are placed later. found: what its images are."""
     given, digest = None, None
+    flagged = tasks.images(values, len(request.known)) | entry.values
+    paths = tuple(flagged[name] for name in ("image", "last_image") if name in flagged)
     if values.noise_file is not None:
         with _naming("noise_file", values.noise_file):
             given = noise_file.load_noise(values.noise_file, shape=request.noise_shape)
             digest = hashlib.sha256(given.tobytes()).hexdigest()
-    drawn = "seed" not in arguments and given is None
+    drawn = values.base_seed == -1 and "seed" not in entry.values and given is None
     seed = secrets.randbits(63) if drawn else request.seed
     settings = {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative,
-        "size": list(arguments["size"]),
-        "frames": int(arguments["frames"]),
+        "size": list(request.size),
+        "frames": request.frames,
         "steps": len(request.schedule.table),
-        "shift": float(arguments["shift"]),
+        "shift": request.schedule.shift,
         "guidance": request.guidance,
         "solver": request.schedule.solver,
         "dtype": values.dtype,
         "noise_sha256": digest,
         "seed": None if given is not None else seed,
+        **found,
     }
     for k in range(request.num_videos):
         yield Job(
@@ -233,6 +228,7 @@ def _jobs(
             settings=settings | {"video": k},
             videos=request.num_videos,
             save_file=entry.values.get("save_file"),
+            images=paths,
         )
 
 
@@ -247,7 +243,8 @@ def _placed(
     for number, job in enumerate(jobs):
         with _naming("save_file", job.save_file or values.save_file or "by default"):
             where = outputs.place(values, job, number=number, total=len(jobs), now=now, taken=taken)
-            frames, size = job.settings["frames"], tuple(job.settings["size"])
+            frames = job.settings["frames"]
+            size = tuple(job.settings.get("resolution", job.settings["size"]))
             media.check_output(where.path, frames, size=size)
             outputs.check_record(where.path, frames)
         target = outputs.target(where.path, frames)

@@ -14,14 +14,16 @@ from typing import Any
 
 import jax
 
-from wan_jax.config import NANO_T2V, WanConfig
+from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.weights import checkpoint, folders, miniature, remote
 from wan_jax.weights.hashes import FileHashes
-from wan_jax.weights.sources import PARTS, Folder, open_folder
+from wan_jax.weights.sources import Folder, open_folder
 
 DTYPES = ("bfloat16", "float32")
+# Small networks of random weights, by the name that load() takes in place of a path.
+BUILT_IN = {"nano-t2v": NANO_T2V, "nano-i2v": NANO_I2V, "nano-flf2v": NANO_FLF2V}
 _REMEDY = "choose another cache_dir"
 Notify = Callable[[str], None]
 
@@ -33,6 +35,17 @@ def default_cache_dir() -> Path:
         return (Path(base) if base else Path.home() / ".cache") / "wan_jax"
     except RuntimeError as error:  # a user without a home, as in some containers
         raise ValueError("cache_dir is not given and there is no home directory") from error
+
+
+def built_in(path: Any) -> WanConfig | None:
+    """The configuration of the small random network that this names; None for any other path.
+
+    path: None is "nano-t2v". A file or folder of the name comes before the network.
+    """
+    if path is None:
+        return NANO_T2V
+    config = BUILT_IN.get(os.fspath(path))
+    return config if config is None or not Path(path).exists() else None
 
 
 def load(
@@ -50,7 +63,8 @@ def load(
     path: a converted checkpoint; PyTorch files in the Diffusers or the original layout, or a
     repacked .safetensors file that holds every part; a hub id such as
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"; any of these folders on gs://. What is not converted is,
-    once, into cache_dir. None makes and runs a small checkpoint of random weights. dtype:
+    once, into cache_dir. "nano-t2v", "nano-i2v" and "nano-flf2v" make and run a small checkpoint of
+    random weights, and None the first of these. dtype:
     "bfloat16", or "float32" to compare number by number. offload: each stage's weights leave the
     device when it is done. text_on_cpu: UMT5 runs on the host. callback: told the progress; notify:
     told in a sentence what takes long. Raises ValueError naming what is wrong with the files.
@@ -59,15 +73,18 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} is needed")
     cache = _cache(cache_dir)
     say = notify or (lambda _: None)
-    if path is None:
-        source = _random_miniature(_local(cache), say)
+    small = built_in(path)
+    if small is not None:
+        source = _random_miniature(small, _local(cache), say, given=path is not None)
     else:
+        assert path is not None
         source = fetch(path, cache_dir=cache_dir, callback=callback, notify=say)
     folder = source
     if not is_checkpoint(source):
         folder = _converted(source, cache, dtype=dtype, callback=callback, say=say)
     checkpoint.check_whole(folder, dtype)
     config = checkpoint.read_config(folder)
+    parts = config.dit.parts
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0]) if text_on_cpu else None
     loaders: dict[str, Callable[[], Any]] = {
         part: functools.partial(
@@ -78,15 +95,15 @@ def load(
             dtype=dtype,
             sharding=host if part == "umt5" else None,
         )
-        for part in PARTS
+        for part in parts
     }
     tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
     digest = checkpoint.read_manifest(folder)["digest"]
     wan = Wan(config, tokenizer, loaders, dtype=dtype, offload=offload, digest=digest)
     if not offload:
-        for done, part in enumerate((*PARTS, None)):
+        for done, part in enumerate((*parts, None)):
             if callback is not None:
-                callback(Progress("load", done, len(PARTS)))
+                callback(Progress("load", done, len(parts)))
             if part is not None:
                 wan.network(part)
     return wan
@@ -103,17 +120,20 @@ def _cache(path: str | os.PathLike[str] | None) -> Any:
 def fetch(
     path: str | os.PathLike[str],
     *,
-    parts: Collection[str] = PARTS,
+    parts: Collection[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     callback: Callback | None = None,
     notify: Notify | None = None,
 ) -> Any:
     """Where what load(path) needs can be read: PyTorch files are brought to this machine.
 
-    parts: those whose files are needed. A converted checkpoint in a bucket stays there. Raises
-    ValueError naming what is wrong with the path.
+    parts: those whose files are needed; None is all that there are. A converted checkpoint in a
+    bucket stays there; the name of a small random network is its own place. Raises ValueError
+    naming what is wrong with the path.
     """
     text, say = os.fspath(path), notify or (lambda _: None)
+    if built_in(path) is not None:
+        return text
     if not text:
         raise ValueError("the path is empty; a folder, a hub id or a gs:// path is needed")
     if remote.is_bucket(text):
@@ -143,8 +163,9 @@ def read_config(path: Any) -> WanConfig:
 
     Only headers are read. Raises ValueError naming what is wrong with the files.
     """
-    if path is None:
-        return NANO_T2V
+    small = built_in(path)
+    if small is not None:
+        return small
     if is_checkpoint(path):
         checkpoint.check_whole(path, "bfloat16")
         return checkpoint.read_config(path)
@@ -206,14 +227,15 @@ def in_bytes(stage: str, callback: Callback | None) -> checkpoint.OnBytes | None
     return lambda done, total: callback(Progress(stage, done, total))
 
 
-def _random_miniature(cache: Path, say: Notify) -> Path:
-    path = cache / miniature.NAME
+def _random_miniature(config: WanConfig, cache: Path, say: Notify, *, given: bool) -> Path:
+    """given: it was asked for by its name."""
+    path = cache / miniature.name(config)
     say(
-        "no checkpoint given: running a small network of random weights, which shows that "
-        f"everything works and makes patterns, not pictures ({path})"
+        f"{'' if given else 'no checkpoint given: '}running a small network of random weights, "
+        f"which shows that everything works and makes patterns, not pictures ({path})"
     )
     if not path.is_dir():
-        miniature.write(path)
+        miniature.write(path, config=config)
     return path
 
 
@@ -251,7 +273,8 @@ def known_digest(
 ) -> str | None:
     """The digest of what load() of a path that fetch() gave would have, if it is converted."""
     cache = _cache(cache_dir)
-    place = _local(cache) / miniature.NAME if path is None else path
+    small = built_in(path)
+    place = path if small is None else _local(cache) / miniature.name(small)
     if not is_checkpoint(place):
         if isinstance(place, Path) and not place.exists():
             return None

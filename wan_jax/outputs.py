@@ -22,9 +22,9 @@ class Job:
 
     request: of this video alone. noise: instead of the seed's. seed_drawn: nobody asked for this
     seed. settings: all that makes the video what it is but the checkpoint, as JSON; "video" is its
-    number among those of its prompt, `videos`. save_file: the one its line in a prompts file names.
-    prompt: the number of its prompt. copy: how many jobs before it want the same. output: where the
-    result goes, known once all jobs are.
+    number among those of its prompt, `videos`. images: the paths that were given. save_file: the
+    one its line in a prompts file names. prompt: the number of its prompt. copy: how many jobs
+    before it want the same. output: where the result goes, known once all jobs are.
     """
 
     request: Request
@@ -35,6 +35,7 @@ class Job:
     save_file: str | None
     prompt: int = 0
     copy: int = 0
+    images: tuple[str, ...] = ()
     output: Path = Path()
 
     @property

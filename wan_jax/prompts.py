@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ FLAG_OF = {
     "seed": "base_seed",
     "num_videos": "num_videos",
 }
+_IMAGE_KEYS = ("image", "last_image", "fit")  # where the script takes images
 _PROMPT = "Two anthropomorphic cats in boxing gear fight on a spotlit stage."
 
 
@@ -36,17 +38,20 @@ def entries(values: flags.FlagValues) -> list[Entry]:
     several = values.prompts_file is not None or len(values.prompt or ()) > 1
     if values.noise_file is not None and several:
         raise ValueError(f"--noise_file {values.noise_file} is for one prompt; there are several")
+    with_images = "image" in values
     if values.prompts_file is None:
+        if with_images and not values.prompt:
+            raise ValueError("--prompt is missing; a text that says what happens is needed")
         return [Entry("", {"prompt": text}) for text in values.prompt or [_PROMPT]]
     if values.prompt:
         raise ValueError("--prompt and --prompts_file are both given; need one")
-    return read_prompts(Path(values.prompts_file))
+    return read_prompts(Path(values.prompts_file), keys=_IMAGE_KEYS if with_images else ())
 
 
-def read_prompts(path: Path) -> list[Entry]:
+def read_prompts(path: Path, *, keys: Sequence[str] = ()) -> list[Entry]:
     """The prompts of a file, a line each: text, or a JSON object with settings of its own.
 
-    Raises ValueError naming the line.
+    keys: those that an object may have besides the usual ones. Raises ValueError naming the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -57,24 +62,24 @@ def read_prompts(path: Path) -> list[Entry]:
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         if line.strip():
             where = f"--prompts_file {path} line {number}"
-            found.append(Entry(where, _parse_line(line.strip(), where)))
+            found.append(Entry(where, _parse_line(line.strip(), where, keys)))
     if not found:
         raise ValueError(f"--prompts_file {path} has no line with a prompt")
     return found
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any]:
+def _parse_line(line: str, where: str, keys: Sequence[str]) -> dict[str, Any]:
     if not line.startswith("{"):
         return {"prompt": line}
     try:
         values: dict[str, Any] = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where} is not a JSON object: {error}") from error
-    known = [*FLAG_OF, "save_file"]
+    known = [*FLAG_OF, *keys, "save_file"]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{where} has unknown keys {unknown}; known: {known}")
-    for name in ("prompt", "negative_prompt", "save_file"):
+    for name in ("prompt", "negative_prompt", *keys, "save_file"):
         text = values.get(name)
         if not isinstance(text, str) and (name == "prompt" or text is not None):
             raise ValueError(f"{where}: {name} is {text!r}; a text is needed")

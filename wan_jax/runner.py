@@ -175,8 +175,11 @@ class _Run:
                     step = f"stopped after step {progress.done} of {progress.total}"
                     raise Stopped(step, signals[0])
 
+        known = self.wan.encode_images(self.job.request, report)
         with _held_back(active=self._store is not None) as signals:
-            latents = self.wan.denoise(self.job.request, np.stack(contexts), start, on_progress)
+            latents = self.wan.denoise(
+                self.job.request, np.stack(contexts), start, on_progress, known=known
+            )
             if signals:
                 raise Stopped("stopped after the last step", signals[0])
         return latents
@@ -234,6 +237,7 @@ class _Run:
             "fps": self.wan.config.defaults.fps,
             "seed_drawn": self.job.seed_drawn,
             "noise_file": values.noise_file,
+            **({"images": list(self.job.images)} if self.job.images else {}),
             "task": values.task,
             "config": values.config,
             "checkpoint": values.ckpt_dir,

@@ -70,13 +70,14 @@ COLUMNS = Row._fields
 class Schedule:
     """A solver's steps, ready to run; the arrays are read-only.
 
-    solver: one of SOLVERS.
+    solver: one of SOLVERS. shift: of the noise levels, unless timesteps were given.
     timesteps: [N] int64, 0..1000; given ones that are no integers are truncated here, not in table.
     sigmas: [N+1] float64 with float32 values, non-increasing, the last one 0.
     table: [N, len(COLUMNS)] float64; row i is Row(*table[i]).
     """
 
     solver: str
+    shift: float
     timesteps: np.ndarray
     sigmas: np.ndarray
     table: np.ndarray
@@ -113,6 +114,7 @@ def make_schedule(
     sigmas = np.append(levels, 0.0).astype(np.float32).astype(np.float64)
     schedule = Schedule(
         solver=solver,
+        shift=shift_value,
         timesteps=seen.astype(np.int64),
         sigmas=sigmas,
         table=_table(solver, seen, sigmas),

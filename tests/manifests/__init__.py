@@ -15,11 +15,10 @@ Tensors = dict[str, tuple[Shape, str | None]]
 
 FOLDER = Path(__file__).parent
 DITS = ("t2v_1_3b", "t2v_14b", "i2v_14b", "flf2v_14b")
+# Of CLIP only the vision tower, of which the tables leave some out.
 NAMES = tuple(
-    f"{net}.{naming}" for net in (*DITS, "vae", "umt5") for naming in ("wan", "diffusers")
+    f"{net}.{naming}" for net in (*DITS, "vae", "umt5", "clip") for naming in ("wan", "diffusers")
 )
-# Of the image encoder: only the vision tower, of which the tables leave some out.
-CLIP_NAMES = ("clip.wan", "clip.diffusers")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -49,6 +48,6 @@ def expand(entry: str) -> list[str]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    if name not in (*NAMES, *CLIP_NAMES):
-        raise ValueError(f"no manifest {name!r}; there are {(*NAMES, *CLIP_NAMES)}")
+    if name not in NAMES:
+        raise ValueError(f"no manifest {name!r}; there are {NAMES}")
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,11 +1,12 @@
-"""Fixtures shared by the unit tests: one tiny checkpoint on disk, and it loaded."""
+"""Fixtures shared by the unit tests: tiny checkpoints on disk, and one of them loaded."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 import wan_jax
-from wan_jax.config import Defaults, DiTConfig, UMT5Config, VAEConfig, WanConfig
+from wan_jax.config import CLIPConfig, Defaults, DiTConfig, UMT5Config, VAEConfig, WanConfig
 from wan_jax.weights import miniature
 
 # Every part of Wan2.1 at its smallest; strides, and so the multiples of sizes, are the real ones.
@@ -24,6 +25,14 @@ TINY = WanConfig(
         fps=8,
     ),
 )
+TINY_I2V = dataclasses.replace(
+    TINY,
+    dit=dataclasses.replace(TINY.dit, in_channels=36, image_dim=16),
+    clip=CLIPConfig(image_size=28, dim=16, num_heads=2, num_layers=3, ffn_dim=32),
+)
+TINY_FLF2V = dataclasses.replace(
+    TINY_I2V, dit=dataclasses.replace(TINY_I2V.dit, image_positions=2 * (1 + 2**2))
+)
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +40,22 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of random weights in the Diffusers layout; tests copy it before they change it."""
     path = tmp_path_factory.mktemp("source") / "tiny"
     miniature.write(path, config=TINY, seed=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_i2v_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_source, of a checkpoint that takes an image."""
+    path = tmp_path_factory.mktemp("source") / "tiny-i2v"
+    miniature.write(path, config=TINY_I2V, seed=2)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_flf2v_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_source, of a checkpoint that takes two images."""
+    path = tmp_path_factory.mktemp("source") / "tiny-flf2v"
+    miniature.write(path, config=TINY_FLF2V, seed=3)
     return path
 
 

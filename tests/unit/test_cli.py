@@ -10,14 +10,14 @@ import pytest
 from absl import flags
 
 from wan_jax import cli
+from wan_jax.tasks import TEXT_TASKS
 
 ROOT = Path(__file__).parents[2]
-TASKS = ("t2v-1.3B", "t2v-14B", "t2i-14B")
 
 
 def parse(*arguments: str) -> flags.FlagValues:
     values = flags.FlagValues()
-    cli.define_flags(TASKS, values)
+    cli.define_flags(TEXT_TASKS, values)
     rest = values(["run_t2v.py", *arguments])
     assert rest == ["run_t2v.py"]
     return values

@@ -41,7 +41,7 @@ ORDER = (
     {"weights.repacks"},
     {"weights.layouts"},
     {"weights.sources"},
-    {"weights.checkpoint", "weights.miniature", "weights.remote"},
+    {"weights.checkpoint", "weights.miniature", "weights.remote", "weights.descriptions"},
     {"weights.export"},
     {"request", "streaming"},
     {"pipeline"},
@@ -49,6 +49,7 @@ ORDER = (
     {"__init__"},
     {"cli"},
     {"resume", "machine", "outputs", "prompts"},
+    {"tasks"},
     {"jobs"},
     {"runner"},
 )

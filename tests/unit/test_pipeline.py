@@ -23,7 +23,6 @@ from wan_jax.request import make_request
 from wan_jax.sampler import DivergedError
 from wan_jax.schedulers import make_schedule
 from wan_jax.weights import miniature, trees
-from wan_jax.weights.sources import PARTS
 
 Wan = wan_jax.Wan
 PROMPT = "A red fox."
@@ -351,7 +350,7 @@ def test_offload_gives_the_same_video_and_drops_the_weights(
     chunks = list(lean.generate(PROMPT, seed=7, output="stream"))
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), frames)
     assert lean._resident == {}
-    assert sorted(wan._resident) == sorted(PARTS)
+    assert sorted(wan._resident) == sorted(NANO_T2V.dit.parts)
 
 
 def test_offload_drops_the_decoder_of_a_stream_that_is_left(
@@ -370,7 +369,7 @@ def test_offload_reads_each_network_once_a_call(
     lean = wan_jax.load(tiny_source, dtype="float32", cache_dir=tiny_cache, offload=True)
     told: list[Progress] = []
     lean.generate(PROMPTS, num_videos=2, seed=7, callback=told.append)
-    assert sum(p[:2] == ("load", 0) for p in told) == len(PARTS)
+    assert sum(p[:2] == ("load", 0) for p in told) == len(NANO_T2V.dit.parts)
 
 
 # Loading.
@@ -378,7 +377,7 @@ def test_offload_reads_each_network_once_a_call(
 
 def test_float32_means_float32_everywhere(wan: Wan) -> None:
     assert wan.dtype == "float32"
-    for part in PARTS:
+    for part in NANO_T2V.dit.parts:
         dtypes = {leaf.dtype for leaf in trees.flatten(wan.network(part)).values()}
         assert dtypes == {jnp.dtype("float32")}, part
 
@@ -409,7 +408,7 @@ def test_nothing_gives_the_random_miniature(
     wan = wan_jax.load(offload=True, notify=said.append)
     assert wan.config == NANO_T2V == loading.read_config(None)
     assert loading.default_cache_dir() == tmp_path / "wan_jax"
-    assert (tmp_path / "wan_jax" / miniature.NAME).is_dir()
+    assert (tmp_path / "wan_jax" / miniature.name(NANO_T2V)).is_dir()
     assert "random weights" in said[0]
     again: list[str] = []
     wan_jax.load(offload=True, notify=again.append)

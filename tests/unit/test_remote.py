@@ -19,6 +19,7 @@ from tests.unit import fake_gcs, fake_hub
 from tests.unit.conftest import TINY
 from tests.unit.test_cli import ROOT, parse
 from wan_jax import jobs, loading
+from wan_jax.tasks import TEXT_TASKS
 from wan_jax.weights import checkpoint, export, remote, trees
 from wan_jax.weights.sources import PARTS, open_folder
 
@@ -558,12 +559,12 @@ def test_wrong_flags_are_said_before_a_download(
     monkeypatch.chdir(tmp_path)
     values = parse("--ckpt_dir", ID, "--frame_num", "80")
     with pytest.raises(ValueError, match="--frame_num is 80"):
-        jobs.plan(values, ROOT / "configs")
+        jobs.plan(values, ROOT / "configs", TEXT_TASKS)
     assert not hub.requests
     values = parse("--ckpt_dir", "organisation/nothing")
     with pytest.raises(ValueError, match=r"--ckpt_dir organisation/nothing: .* neither a folder"):
-        jobs.plan(values, ROOT / "configs")
-    (job,) = jobs.plan(parse("--ckpt_dir", ID), ROOT / "configs").jobs
+        jobs.plan(values, ROOT / "configs", TEXT_TASKS)
+    (job,) = jobs.plan(parse("--ckpt_dir", ID), ROOT / "configs", TEXT_TASKS).jobs
     assert job.settings["frames"] == 5
     assert job.output.name.startswith("tiny-model_32*16_1_1_")
 

@@ -20,21 +20,22 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from orbax.checkpoint.experimental.v1 import partial
 
-from wan_jax.config import DiTConfig, UMT5Config, VAEConfig, WanConfig
+from wan_jax.config import PARTS, CLIPConfig, DiTConfig, UMT5Config, VAEConfig, WanConfig
 from wan_jax.weights import rules, trees
 from wan_jax.weights.folders import check_space, written_whole
 from wan_jax.weights.hashes import FileHashes
-from wan_jax.weights.sources import PARTS, Folder, PartConfig, Source, abstract_part
+from wan_jax.weights.sources import Folder, PartConfig, Source, abstract_part
 
 CONFIG, MANIFEST, TOKENIZER = "config.json", "manifest.json", "tokenizer"
 FORMAT = 3
 _ADDED = "added"  # where parts that are added are written first
 SPARE = 2**26  # bytes of disk beyond the arrays: the tokenizer, indices, JSON
 _GROUP_BYTES = 2**30  # arrays are handed to Orbax in groups of at most this, or alone
-_CONFIGS: dict[str, type[DiTConfig] | type[VAEConfig] | type[UMT5Config]] = {
+_CONFIGS: dict[str, type[PartConfig]] = {
     "dit": DiTConfig,
     "vae": VAEConfig,
     "umt5": UMT5Config,
+    "clip": CLIPConfig,
 }
 
 OnBytes = Callable[[int, int], None]
@@ -48,7 +49,7 @@ def plan(folder: Folder, dtype: str) -> Plans:
     float32; "float32" stores everything as float32. Only headers are read.
     Raises rules.MismatchError for a checkpoint that does not fit.
     """
-    if set(PARTS) <= set(folder.sources):
+    if not folder.missing:
         _ = folder.config  # the networks must fit each other
     return {part: _plan(source, dtype) for part, source in folder.sources.items()}
 
@@ -137,7 +138,8 @@ def add(folder: Folder, path: Path, *, on_bytes: OnBytes | None = None, remedy: 
         raise ValueError(f"{path} has {', '.join(both)} already; remove it or give another name")
     with _explained(path):
         sections = json.loads((path / CONFIG).read_text(encoding="utf-8")) | _sections(folder)
-    if set(PARTS) <= set(sections):
+        whole = set(_needed(sections)) <= set(sections)
+    if whole:
         try:
             WanConfig.from_json(json.dumps(sections))
         except ValueError as error:
@@ -296,16 +298,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _needed(sections: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts that make a checkpoint of this config.json whole: its DiT says what they are."""
+    if "dit" not in sections:
+        return PARTS[:-1]  # at least
+    return DiTConfig.from_dict(sections["dit"]).parts
+
+
 def check_whole(path: Path, dtype: str) -> None:
     """Raise ValueError for a checkpoint that lacks a part, or is too coarse for `dtype`."""
     manifest = read_manifest(path)
-    missing = [part for part in PARTS if part not in manifest["parts"]]
+    with _explained(path):
+        needed = _needed(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+    missing = [part for part in needed if part not in manifest["parts"]]
     if missing:
         raise ValueError(
             f"{path} has no {', '.join(missing)}; add with `python convert/to_orbax.py --src DIR "
             f"--dst {path} --parts {','.join(missing)} --dtype {manifest['dtype']}`"
         )
-    lost = [part for part in (*PARTS, TOKENIZER) if not (path / part).is_dir()]
+    lost = [part for part in (*needed, TOKENIZER) if not (path / part).is_dir()]
     if lost:
         raise ValueError(f"{path} has lost its folder {lost[0]}; convert it again")
     if dtype == "float32" and manifest["dtype"] != "float32":
@@ -338,7 +349,7 @@ def _explained(path: Path) -> Iterator[None]:
 def restore(
     path: Path, part: str, config: WanConfig, *, dtype: str, sharding: jax.sharding.Sharding | None
 ) -> Any:
-    """One network ("dit", "vae" or "umt5") of a checkpoint, straight to the devices.
+    """One network of a checkpoint, by its name in PARTS, straight to the devices.
 
     sharding: where every array goes; None puts them on the default device. Raises ValueError
     naming the folder that cannot be read.

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from wan_jax.config import CLIPConfig
 from wan_jax.weights import facts
 from wan_jax.weights.rules import LINEAR, Layout, Rule, Shape, Table
@@ -87,6 +89,24 @@ def table(config: CLIPConfig) -> Table:
             rf"{prefix}embeddings\.position_ids": "0, 1, 2, ..., as older releases stored them",
         },
     )
+
+
+def stand_ins(config: CLIPConfig) -> dict[str, str]:
+    """{tensor that transformers' CLIPVisionModel has and the table leaves out: one of its shape}.
+
+    These are the last block and the norm behind it, which Wan2.1 does not use.
+    """
+    stacks = [rule for rule in _RULES if rule.stacked]
+    first = [name for rule in stacks for name in rule.names("diffusers", (1,))[0]]
+    last = _DIFFUSERS.replace("{i}", str(config.num_layers - 1))
+    found = {name.replace(_DIFFUSERS.replace("{i}", "0"), last): name for name in first}
+    norms = f"{_PREFIX}post_layernorm", f"{_PREFIX}pre_layrnorm"
+    return found | {f"{norms[0]}.{leaf}": f"{norms[1]}.{leaf}" for leaf in ("weight", "bias")}
+
+
+def stand_in(name: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """One of stand_ins(): norms scale by one and products are zero, so the block adds nothing."""
+    return np.full(shape, bool(re.search(r"norm\d?\.weight$", name)), dtype)
 
 
 def config_from_diffusers(values: Mapping[str, Any]) -> CLIPConfig:
@@ -181,4 +201,23 @@ def config_to_diffusers(config: CLIPConfig) -> dict[str, Any]:
         "intermediate_size": config.ffn_dim,
         "hidden_act": "gelu",
         "layer_norm_eps": config.eps,
+    }
+
+
+def processor_to_diffusers(config: CLIPConfig) -> dict[str, Any]:
+    """image_processor/preprocessor_config.json of transformers' CLIPImageProcessor."""
+    size = config.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
     }

@@ -104,6 +104,22 @@ _NAMES = {
     ),
 }
 _HEAD_DIM = 128  # of every released network; it is the one size that no shape shows
+# What an image adds, and of it the tensors that show its width and how many positions it has.
+_IMAGE = {"wan": "img_emb.", "diffusers": "condition_embedder.image_embedder."}
+_IMAGE_NAMES = {"wan": ("proj.0.weight", "emb_pos"), "diffusers": ("norm1.weight", "pos_embed")}
+_KINDS = ("t2v", "i2v", "flf2v")  # the original's model_type, by the number of images
+
+
+def _image_sizes(shapes: Mapping[str, Shape], naming: str) -> dict[str, int]:
+    """The fields of DiTConfig that an image adds; none for a network without."""
+    prefix = _IMAGE[naming]
+    if not any(name.startswith(prefix) for name in shapes):
+        return {}
+    width, positions = (f"{prefix}{name}" for name in _IMAGE_NAMES[naming])
+    found = {"image_dim": facts.sizes(shapes, width, axes=1)[0]}
+    if positions in shapes:
+        found["image_positions"] = facts.sizes(shapes, positions, axes=3)[1]
+    return found
 
 
 def config_from_shapes(shapes: Mapping[str, Shape], naming: str) -> DiTConfig:
@@ -133,6 +149,7 @@ def config_from_shapes(shapes: Mapping[str, Shape], naming: str) -> DiTConfig:
         text_dim=facts.sizes(shapes, text, axes=2)[1],
         freq_dim=facts.sizes(shapes, time, axes=2)[1],
         patch_size=tuple(patch),
+        **_image_sizes(shapes, naming),
     )
 
 
@@ -141,14 +158,16 @@ def config_from_wan(
 ) -> DiTConfig:
     """From config.json of the original layout; what it does not store comes from the shapes.
 
-    naming: that of the shapes. Raises ValueError for a network that is not text to video.
+    naming: that of the shapes. Raises ValueError for another kind of network, or one that the
+    tensors are not.
     """
-    kind = values.get("model_type", "t2v")
-    if kind != "t2v":
+    kind = values.get("model_type")
+    if kind not in (None, *_KINDS):
         raise ValueError(
-            f"config.json has model_type {kind!r}; only 't2v' checkpoints are supported"
+            f"config.json has model_type {kind!r}; only checkpoints of {', '.join(_KINDS)} are "
+            "supported"
         )
-    return DiTConfig(
+    config = DiTConfig(
         dim=facts.integer(values, "dim"),
         ffn_dim=facts.integer(values, "ffn_dim"),
         num_heads=facts.integer(values, "num_heads"),
@@ -160,31 +179,41 @@ def config_from_wan(
         freq_dim=facts.integer(values, "freq_dim"),
         patch_size=facts.sizes(shapes, "patch_embedding.weight", axes=5)[2:],
         eps=values["eps"],
+        **_image_sizes(shapes, naming),
     )
+    found = _KINDS[config.images]
+    if kind not in (None, found):
+        raise ValueError(f"config.json has model_type {kind!r}; the tensors are those of {found!r}")
+    return config
 
 
 def config_from_diffusers(values: Mapping[str, Any]) -> DiTConfig:
     """From transformer/config.json of WanTransformer3DModel.
 
-    Raises ValueError for a network that is not text to video or a choice Wan2.1 does not make.
+    Raises ValueError for another kind of network or a choice Wan2.1 does not make.
     """
-    fixed = {
-        "_class_name": "WanTransformer3DModel",
-        "qk_norm": "rms_norm_across_heads",
-        "cross_attn_norm": True,
-        "image_dim": None,
-        "added_kv_proj_dim": None,
-        "pos_embed_seq_len": None,
-    }
-    for name, needed in fixed.items():
-        if values.get(name, needed) != needed:
-            raise ValueError(
-                f"transformer/config.json has {name} = {values[name]!r}; {needed!r} is needed, "
-                "as in a text-to-video checkpoint"
-            )
     heads, head_dim = (
         facts.integer(values, name) for name in ("num_attention_heads", "attention_head_dim")
     )
+    image = {
+        ours: facts.integer(values, name)
+        for ours, name in (("image_dim", "image_dim"), ("image_positions", "pos_embed_seq_len"))
+        if values.get(name) is not None
+    }
+    fixed = {  # what is needed, and what diffusers takes for granted where nothing is said
+        "_class_name": ("WanTransformer3DModel", "WanTransformer3DModel"),
+        "qk_norm": ("rms_norm_across_heads", "rms_norm_across_heads"),
+        "cross_attn_norm": (True, True),
+        "added_kv_proj_dim": (heads * head_dim if image else None, None),
+    }
+    for name, (needed, usual) in fixed.items():
+        found = values.get(name, usual)
+        if found != needed:
+            kind = "image" if image else "text"
+            raise ValueError(
+                f"transformer/config.json has {name} = {found!r}; {needed!r} is needed, as in "
+                f"{kind}-to-video checkpoints of Wan2.1"
+            )
     return DiTConfig(
         dim=heads * head_dim,
         ffn_dim=facts.integer(values, "ffn_dim"),
@@ -196,6 +225,7 @@ def config_from_diffusers(values: Mapping[str, Any]) -> DiTConfig:
         freq_dim=facts.integer(values, "freq_dim"),
         patch_size=facts.integers(values, "patch_size"),
         eps=values["eps"],
+        **image,
     )
 
 
@@ -215,20 +245,21 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": config.eps,
-        "image_dim": None,
-        "added_kv_proj_dim": None,
+        "image_dim": config.image_dim,
+        "added_kv_proj_dim": config.dim if config.images else None,
         "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": config.image_positions,
     }
 
 
 def config_to_wan(config: DiTConfig) -> dict[str, Any]:
     """config.json of the original's WanModel with this network's dimensions.
 
-    It has no place for patch_size and text_dim, which its tensors show.
+    It has no place for patch_size, text_dim and the sizes of images, which its tensors show.
     """
     return {
         "_class_name": "WanModel",
-        "model_type": "t2v",
+        "model_type": _KINDS[config.images],
         "text_len": config.text_len,
         "in_dim": config.in_channels,
         "dim": config.dim,

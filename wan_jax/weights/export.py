@@ -17,15 +17,15 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from safetensors.numpy import save_file
 
-from wan_jax.config import Defaults, DiTConfig, VAEConfig
-from wan_jax.weights import checkpoint, dit, rules, trees, umt5, vae
+from wan_jax.config import PARTS, CLIPConfig, Defaults, DiTConfig
+from wan_jax.weights import checkpoint, clip, layouts, rules, trees
 from wan_jax.weights.checkpoint import OnBytes
+from wan_jax.weights.descriptions import LAYOUTS, describe, pipeline
 from wan_jax.weights.facts import one_line, read_json
 from wan_jax.weights.folders import alone, check_space, check_writable, written_whole
 from wan_jax.weights.rules import Rule, Shape, Table
-from wan_jax.weights.sources import DEFAULTS_FILE, PARTS, PartConfig, abstract_part, part_table
+from wan_jax.weights.sources import DEFAULTS_FILE, PartConfig, abstract_part, part_table
 
-LAYOUTS = ("original", "diffusers")
 DTYPES = ("source", "float32", "bfloat16", "float16")
 MAX_SHARD = 5 * 10**9  # bytes, as in Diffusers and transformers
 _GROUP_BYTES = 2**27  # small parameters are read together, up to this size
@@ -37,11 +37,7 @@ _PLACES = {  # of the files, without what comes after the name of the first
         "vae": Path("Wan2.1_VAE"),
         "umt5": Path("models_t5_umt5-xxl-enc-bf16"),
     },
-    "diffusers": {
-        "dit": Path("transformer/diffusion_pytorch_model"),
-        "vae": Path("vae/diffusion_pytorch_model"),
-        "umt5": Path("text_encoder/model"),
-    },
+    "diffusers": layouts.DIFFUSERS,
 }
 
 
@@ -50,7 +46,8 @@ class _Network:
     """One network of a checkpoint and what is written of it.
 
     leaves: {target: shape and stored dtype}. kinds: {tensor name in the layout's naming: dtype to
-    write}. exact: where that dtype would lose anything, the stored one is written.
+    write}. exact: where that dtype would lose anything, the stored one is written. stand_ins:
+    {tensor that a reader needs and the checkpoint has not: one of its shape and dtype}.
     """
 
     part: str
@@ -61,6 +58,7 @@ class _Network:
     kinds: Mapping[str, np.dtype]
     naming: str
     exact: bool
+    stand_ins: Mapping[str, str]
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -70,7 +68,7 @@ class _Network:
             shape = self.leaves[rule.target].shape
             names = itertools.chain.from_iterable(rule.names(self.naming, shape))
             found |= dict.fromkeys(names, rule.source_shape(self.naming, shape))
-        return found
+        return found | {name: found[like] for name, like in self.stand_ins.items()}
 
     @property
     def nbytes(self) -> int:
@@ -110,9 +108,10 @@ def write(
     gives every tensor the dtype it had before it was converted, unless that would change what is
     stored now. max_shard: bytes of a file; the original's VAE and text encoder are one file each,
     whatever their size, for what reads them knows no shards. on_bytes(done, total) reports bytes of
-    the checkpoint. Raises ValueError, before anything is written, if `src` is no checkpoint or
-    lacks a part, `dst` exists, the disk is too small, or the layout has no place for a property of
-    a network.
+    the checkpoint. A checkpoint has neither the last block of CLIP nor the norm behind it, and
+    transformers wants both: the block is written so that it adds nothing. Raises ValueError, before
+    anything is written, if `src` is no checkpoint or lacks a part, `dst` exists, the disk is too
+    small, or the layout has no place for a network or a property of it.
     """
     if layout not in LAYOUTS or dtype not in DTYPES or max_shard < 1:
         raise ValueError(
@@ -123,10 +122,13 @@ def write(
     with alone(dst):
         if dst.exists() or dst.is_symlink():
             raise ValueError(f"--dst {dst} exists already; give the name of a folder that does not")
-        chosen = _chosen(src, parts)
+        chosen = _chosen(src, parts, layout)
         networks = {part: _open(src, part, layout=layout, dtype=dtype) for part in chosen}
-        configs = {part: _description(network, layout) for part, network in networks.items()}
-        others = _other_files(src, layout, chosen)
+        configs = {
+            part: describe(part, network.config, network.shapes, layout=layout)
+            for part, network in networks.items()
+        }
+        others = _other_files(src, layout, networks)
         needed = sum(network.nbytes for network in networks.values()) + checkpoint.SPARE
         check_space(dst.parent, needed, remedy="choose another --dst")
         with written_whole(dst, is_whole=lambda _: False) as work:
@@ -140,7 +142,7 @@ def write(
                 checkpoint.copy_files(src / checkpoint.TOKENIZER, work / _TOKENIZERS[layout])
 
 
-def _chosen(src: Path, parts: Sequence[str] | None) -> list[str]:
+def _chosen(src: Path, parts: Sequence[str] | None, layout: str) -> list[str]:
     """The parts to write, in their usual order."""
     if not checkpoint.is_checkpoint(src):
         raise ValueError(
@@ -156,6 +158,12 @@ def _chosen(src: Path, parts: Sequence[str] | None) -> list[str]:
     if missing:
         raise ValueError(
             f"parts has {','.join(missing)} and {src} has not; it has {','.join(there)}"
+        )
+    if "clip" in wanted and layout == "original":
+        others = ",".join(part for part in there if part != "clip")
+        raise ValueError(
+            "layout original has CLIP in one file with a text tower, of which a checkpoint has "
+            f"none; take the released {layouts.CLIP_PTH} and export the rest with --parts {others}"
         )
     if "umt5" in wanted and not (src / checkpoint.TOKENIZER).is_dir():
         raise ValueError(f"{src / checkpoint.TOKENIZER} is missing, which belongs to the umt5")
@@ -181,9 +189,12 @@ def _open(src: Path, part: str, *, layout: str, dtype: str) -> _Network:
     except (AttributeError, KeyError, TypeError) as error:
         file = src / checkpoint.MANIFEST
         raise ValueError(f"{file} does not say what the {part} was: {one_line(error)}") from error
+    stand_ins = clip.stand_ins(config) if isinstance(config, CLIPConfig) else {}
+    kinds |= {name: kinds[like] for name, like in stand_ins.items()}
     if dtype != "source":
         kinds = dict.fromkeys(kinds, np.dtype(dtype))
-    return _Network(part, path, config, table, leaves, kinds, naming, exact=dtype == "source")
+    exact = dtype == "source"
+    return _Network(part, path, config, table, leaves, kinds, naming, exact, stand_ins)
 
 
 def _source_dtypes(
@@ -204,81 +215,27 @@ def _source_dtypes(
     return kinds
 
 
-def _description(network: _Network, layout: str) -> dict[str, Any] | None:
-    """What config.json says about a network, None if it has none in this layout.
-
-    Raises ValueError for a network that would not be the same when it is read again.
-    """
-    config, shapes = network.config, network.shapes
-    values: dict[str, Any] | None = None
-    again: PartConfig
-    if isinstance(config, DiTConfig) and layout == "original":
-        values = dit.config_to_wan(config)
-        again = dit.config_from_wan(values, shapes)
-    elif isinstance(config, DiTConfig):
-        values = dit.config_to_diffusers(config)
-        again = dit.config_from_diffusers(values)
-    elif layout == "original":
-        read = vae.config_from_shapes if isinstance(config, VAEConfig) else umt5.config_from_shapes
-        again = read(shapes, "wan")
-    elif isinstance(config, VAEConfig):
-        values = vae.config_to_diffusers(config)
-        again = vae.config_from_diffusers(values)
-    else:
-        values = umt5.config_to_diffusers(config)
-        again = umt5.config_from_diffusers(values)
-    before, after = config.to_dict(), again.to_dict()
-    lost = [name for name in before if before[name] != after[name]]
-    if lost:
-        other = next(name for name in LAYOUTS if name != layout)
-        raise ValueError(
-            f"layout {layout} has no place for {', '.join(lost)} of the {network.part}, and "
-            f"readers take it for granted; use --layout {other}"
-        )
-    return values
-
-
-def _other_files(src: Path, layout: str, parts: Sequence[str]) -> dict[Path, dict[str, Any]]:
+def _other_files(
+    src: Path, layout: str, networks: Mapping[str, _Network]
+) -> dict[Path, dict[str, Any]]:
     """{file: contents} of what belongs to the checkpoint as a whole.
 
     A pipeline of Diffusers has all parts; without one of them there is none to describe.
     """
-    if "dit" not in parts:
+    if "dit" not in networks:
         return {}
     try:
         defaults = Defaults.from_dict(read_json(src / checkpoint.CONFIG)["defaults"])
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{src / checkpoint.CONFIG} has no defaults: {one_line(error)}") from error
     files: dict[Path, dict[str, Any]] = {Path(DEFAULTS_FILE): defaults.to_dict()}
-    if layout == "diffusers" and list(parts) == list(PARTS):
-        files[Path("model_index.json")] = {
-            "_class_name": "WanPipeline",
-            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-            "text_encoder": ["transformers", "UMT5EncoderModel"],
-            "tokenizer": ["transformers", _tokenizer_class(src / checkpoint.TOKENIZER)],
-            "transformer": ["diffusers", "WanTransformer3DModel"],
-            "vae": ["diffusers", "AutoencoderKLWan"],
-        }
-        # What diffusers' scripts/convert_wan_to_diffusers.py sets; the rest are its defaults.
-        files[Path("scheduler/scheduler_config.json")] = {
-            "_class_name": "UniPCMultistepScheduler",
-            "num_train_timesteps": 1000,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": defaults.shift,
-        }
+    config = networks["dit"].config
+    assert isinstance(config, DiTConfig)
+    if layout == "diffusers" and set(networks) == set(config.parts):
+        tower = networks["clip"].config if "clip" in networks else None
+        assert isinstance(tower, CLIPConfig | None)
+        files |= pipeline(tower, defaults, src / checkpoint.TOKENIZER)
     return files
-
-
-def _tokenizer_class(folder: Path) -> str:
-    """The class of transformers that reads a tokenizer folder, named as releases 4 and 5 know it.
-
-    The released checkpoints' is T5TokenizerFast, in their model_index.json too.
-    """
-    file = folder / "tokenizer_config.json"
-    named = read_json(file).get("tokenizer_class") if file.is_file() else None
-    plain = named in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    return "PreTrainedTokenizerFast" if plain else "T5TokenizerFast"
 
 
 def _write_networks(
@@ -319,6 +276,9 @@ def _tensors(
         for rule in todo:
             # Handed over, so that it is gone before the next is read, which takes twice its size.
             yield from _unstack(network, rule, arrays.pop(rule.target), progress)
+    shapes = network.shapes
+    for name in network.stand_ins:
+        yield name, clip.stand_in(name, shapes[name], network.kinds[name])
 
 
 def _load(network: _Network, targets: Sequence[str]) -> dict[str, np.ndarray]:

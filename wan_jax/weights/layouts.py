@@ -17,13 +17,23 @@ from wan_jax.weights.readers import (
 
 VAE_PTH = "Wan2.1_VAE.pth"
 UMT5_PTH = "models_t5_umt5-xxl-enc-bf16.pth"
+CLIP_PTH = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 # Where a network is looked for under a folder, in this order: Diffusers, original, ComfyUI.
-_PLACES = {
+PLACES = {
     "dit": ("transformer", "", "diffusion_models", "unet"),
     "vae": ("vae", ""),
     "umt5": ("text_encoder", "", "text_encoders", "clip"),
+    "clip": ("image_encoder", "", "clip_vision"),
 }
-_PTH = {"vae": VAE_PTH, "umt5": UMT5_PTH}
+# What the original keeps in a .pth.
+PTH = {"vae": VAE_PTH, "umt5": UMT5_PTH, "clip": CLIP_PTH}
+# What is written into a folder of the Diffusers layout, without what comes after the names.
+DIFFUSERS = {
+    "dit": Path("transformer/diffusion_pytorch_model"),
+    "vae": Path("vae/diffusion_pytorch_model"),
+    "umt5": Path("text_encoder/model"),
+    "clip": Path("image_encoder/model"),
+}
 _LOOKED_FOR = {
     "dit": "transformer/*.safetensors (Diffusers layout) nor diffusion_pytorch_model*.safetensors "
     "(original layout) nor diffusion_models/*.safetensors (ComfyUI) with a DiT of Wan2.1",
@@ -32,8 +42,11 @@ _LOOKED_FOR = {
     "umt5": "text_encoder/ with safetensors and config.json (Diffusers layout) nor "
     "models_t5_umt5-xxl-enc-bf16.pth or .safetensors (original layout) nor "
     "text_encoders/*.safetensors (ComfyUI) with a UMT5 encoder",
+    "clip": "image_encoder/ with safetensors and config.json (Diffusers layout) nor "
+    f"{CLIP_PTH} or .safetensors (original layout) nor clip_vision/*.safetensors (ComfyUI) with a "
+    "vision tower of CLIP",
 }
-_TITLES = {"dit": "DiT", "vae": "VAE", "umt5": "UMT5"}
+_TITLES = {"dit": "DiT", "vae": "VAE", "umt5": "UMT5", "clip": "CLIP"}
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 
@@ -66,7 +79,7 @@ class Search:
         folders = [
             (base / place, place)
             for base in (self.path, self.path / "split_files")  # as in ComfyUI's repository
-            for place in _PLACES[part]
+            for place in PLACES[part]
             if (base / place).is_dir()
         ]
         for folder, place in folders:
@@ -78,8 +91,8 @@ class Search:
 
     def _in_folder(self, folder: Path, part: str, *, top: bool) -> Unit | None:
         units = [unit for unit in self._cached(folder) if part in unit.claims]
-        pth = folder / _PTH.get(part, "")
-        if top and part in _PTH and pth.is_file():
+        pth = folder / PTH.get(part, "")
+        if top and part in PTH and pth.is_file():
             units += self._cached(pth)
         indexes = [unit.index.name for unit in units if unit.index is not None]
         if len(indexes) > 1:

@@ -5,7 +5,6 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +13,16 @@ from safetensors.numpy import save_file
 
 from wan_jax.config import NANO_T2V, WanConfig
 from wan_jax.tokenizer import write_byte_tokenizer
-from wan_jax.weights import dit, rules, trees, umt5, vae
+from wan_jax.weights import rules, trees
 from wan_jax.weights.folders import written_whole
-from wan_jax.weights.sources import DEFAULTS_FILE, PartConfig, abstract_part, part_table
+from wan_jax.weights.layouts import DIFFUSERS
+from wan_jax.weights.sources import DEFAULTS_FILE, TABLES, abstract_part, part_table
 
-# The name changes with the sizes, so that a cache never holds those of another release.
-NAME = f"random-nano-t2v-{zlib.crc32(NANO_T2V.to_json().encode()):08x}"
+
+def name(config: WanConfig) -> str:
+    """A folder's name that changes with the sizes: a cache never holds those of another release."""
+    kind = ("t2v", "i2v", "flf2v")[config.images]
+    return f"random-nano-{kind}-{zlib.crc32(config.to_json().encode()):08x}"
 
 
 def write(path: Path, *, config: WanConfig = NANO_T2V, seed: int = 0) -> None:
@@ -30,34 +33,27 @@ def write(path: Path, *, config: WanConfig = NANO_T2V, seed: int = 0) -> None:
 
 def _write(path: Path, config: WanConfig, seed: int) -> None:
     stream = np.random.RandomState(seed)
-    parts: tuple[tuple[str, str, PartConfig, dict[str, Any]], ...] = (
-        (
-            "transformer",
-            "diffusion_pytorch_model",
-            config.dit,
-            dit.config_to_diffusers(config.dit),
-        ),
-        ("vae", "diffusion_pytorch_model", config.vae, vae.config_to_diffusers(config.vae)),
-        ("text_encoder", "model", config.umt5, umt5.config_to_diffusers(config.umt5)),
-    )
-    for name, file, part, values in parts:
-        folder = path / name
-        folder.mkdir(parents=True)
-        targets = trees.flatten(abstract_part(part, jnp.float32))
+    for part in config.dit.parts:
+        values = getattr(config, part)
+        file = (path / DIFFUSERS[part]).with_suffix(".safetensors")
+        file.parent.mkdir(parents=True)
+        targets = trees.flatten(abstract_part(values, jnp.float32))
         arrays = {target: _random(target, leaf.shape, stream) for target, leaf in targets.items()}
-        tensors = dict(rules.export(part_table(part), arrays, naming="diffusers"))
+        tensors = dict(rules.export(part_table(values), arrays, naming="diffusers"))
         try:
-            save_file(tensors, folder / f"{file}.safetensors")
+            save_file(tensors, file)
         except SafetensorError as error:  # a full disk, mostly
             raise OSError(f"{path} cannot be written: {error}") from error
-        (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+        described = TABLES[part].config_to_diffusers(values)
+        (file.parent / "config.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
     write_byte_tokenizer(path / "tokenizer", vocab_size=config.umt5.vocab_size)
     defaults = dataclasses.asdict(config.defaults)
     (path / DEFAULTS_FILE).write_text(
         json.dumps(defaults, indent=2, ensure_ascii=False), encoding="utf-8"
     )
+    pipeline = "WanImageToVideoPipeline" if config.images else "WanPipeline"
     (path / "model_index.json").write_text(
-        json.dumps({"_class_name": "WanPipeline"}, indent=2), encoding="utf-8"
+        json.dumps({"_class_name": pipeline}, indent=2), encoding="utf-8"
     )
 
 
@@ -66,6 +62,8 @@ def _random(target: str, shape: tuple[int, ...], stream: np.random.RandomState) 
     leaf = target.rsplit(".", 1)[-1]
     if leaf in ("scale", "bias"):
         return np.full(shape, float(leaf == "scale"), np.float32)
+    if leaf in ("class_token", "positions"):  # small, so that an image counts for more
+        return (stream.standard_normal(shape) / math.sqrt(shape[-1])).astype(np.float32)
     # Convolutions keep their output axis first, products last; the others' first axis is rows.
     conv = leaf == "kernel" and len(shape) >= 4 and not target.startswith("patch")
     fan_in = math.prod(shape[1:] if conv else shape[:-1]) if leaf == "kernel" else 1

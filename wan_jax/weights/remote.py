@@ -15,12 +15,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wan_jax.config import PARTS
 from wan_jax.weights.facts import one_line
 from wan_jax.weights.folders import alone, check_space
-from wan_jax.weights.sources import DEFAULTS_FILE, PARTS, UMT5_PTH, VAE_PTH
+from wan_jax.weights.layouts import PLACES, PTH
+from wan_jax.weights.sources import DEFAULTS_FILE, TOKENIZERS
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-CLIP_PTH = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 Notify = Callable[[str], None]
 OnBytes = Callable[[int, int], None]
 
@@ -30,31 +31,19 @@ def _as_safetensors(name: str) -> str:
     return name.replace(".pth", ".safetensors")
 
 
-# Of each part the files of the Diffusers layout, of the original one and of ComfyUI's, weights
-# first. open_folder() looks for the layouts in this order.
-_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "dit": (
-        ("transformer/*.safetensors", "transformer/*.json"),
-        ("diffusion_pytorch_model*.safetensors*", "config.json"),
-        ("diffusion_models/*.safetensors",),
-    ),
-    "vae": (
-        ("vae/*.safetensors", "vae/*.json"),
-        (VAE_PTH,),
-        (_as_safetensors(VAE_PTH),),
-    ),
-    "umt5": (
-        ("text_encoder/*.safetensors", "text_encoder/*.json"),
-        (UMT5_PTH,),
-        (_as_safetensors(UMT5_PTH),),
-        ("text_encoders/*.safetensors",),
-    ),
-    "clip": (
-        ("image_encoder/*.safetensors", "image_encoder/*.json", "image_processor/*.json"),
-        (CLIP_PTH,),
-    ),
-    "tokenizer": (("tokenizer/*",), ("google/umt5-xxl/*",)),
-}
+def _patterns(part: str) -> tuple[tuple[str, ...], ...]:
+    """A part's files in the Diffusers layout, the original one and ComfyUI's, weights first."""
+    diffusers, *others = (place for place in PLACES[part] if place)
+    original: list[tuple[str, ...]] = [("diffusion_pytorch_model*.safetensors*", "config.json")]
+    if part in PTH:
+        original = [(PTH[part],), (_as_safetensors(PTH[part]),)]
+    comfyui = [(f"{place}/*.safetensors",) for place in others[:1]]
+    return ((f"{diffusers}/*.safetensors", f"{diffusers}/*.json"), *original, *comfyui)
+
+
+# In the order in which open_folder() looks for the layouts.
+_FILES = {part: _patterns(part) for part in PARTS}
+_FILES["tokenizer"] = tuple((f"{place}/*",) for place in TOKENIZERS)
 _SMALL = (DEFAULTS_FILE, "model_index.json")  # wanted where they are
 _HUB_NAME = r"\b[\w.-]{1,96}\b"
 _HUB_ID = re.compile(rf"(?!.*(--|\.\.)){_HUB_NAME}/{_HUB_NAME}(@[\w./-]+)?", re.ASCII)
@@ -75,11 +64,11 @@ def is_bucket(text: str) -> bool:
     return text.startswith("gs://")
 
 
-def wanted_files(names: Iterable[str], parts: Collection[str], *, what: str) -> list[str]:
+def wanted_files(names: Iterable[str], parts: Collection[str] | None, *, what: str) -> list[str]:
     """Those of a checkpoint's files that these parts are read from; the tokenizer is umt5's.
 
-    names: all files, relative to the checkpoint. Raises ValueError, beginning with `what`, for a
-    part that has none.
+    names: all files, relative to the checkpoint. parts: None is all, CLIP only where it is there.
+    Raises ValueError, beginning with `what`, for a part that has none.
     """
     held = sorted(names)
     if any(name.startswith(("transformer_2/", "high_noise_model/")) for name in held):
@@ -87,18 +76,19 @@ def wanted_files(names: Iterable[str], parts: Collection[str], *, what: str) -> 
     wanted = {name for name in held if name in _SMALL}
     for part in _with_tokenizer(parts):
         layout = next((p for p in _FILES[part] if fnmatch.filter(held, p[0])), None)
-        if layout is None:
+        if layout is None and (part != "clip" or parts is not None):
             places = " and no ".join(patterns[0] for patterns in _FILES[part][:2])
             raise ValueError(f"{what} is not a Wan2.1 checkpoint: it has no {places}")
-        wanted.update(name for pattern in layout for name in fnmatch.filter(held, pattern))
+        wanted.update(name for p in layout or () for name in fnmatch.filter(held, p))
     return sorted(wanted)
 
 
-def _with_tokenizer(parts: Collection[str]) -> tuple[str, ...]:
-    return (*parts, "tokenizer") if "umt5" in parts else tuple(parts)
+def _with_tokenizer(parts: Collection[str] | None) -> tuple[str, ...]:
+    chosen = PARTS if parts is None else tuple(parts)
+    return (*chosen, "tokenizer") if "umt5" in chosen else chosen
 
 
-def download_hub(text: str, *, notify: Notify, parts: Collection[str] = PARTS) -> Path:
+def download_hub(text: str, *, notify: Notify, parts: Collection[str] | None = None) -> Path:
     """The folder, in the hub's own cache, of a model's files; what is there is not fetched again.
 
     Without a network, what an earlier call has fetched. notify is told what is about to be
@@ -216,7 +206,7 @@ def download_bucket(
     *,
     notify: Notify,
     callback: OnBytes | None = None,
-    parts: Collection[str] = PARTS,
+    parts: Collection[str] | None = None,
 ) -> Path:
     """A copy, in a folder of `cache`, of the PyTorch files of a gs:// folder.
 

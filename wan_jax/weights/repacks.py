@@ -12,6 +12,8 @@ from typing import NamedTuple
 from wan_jax.weights.readers import Excerpt, FileReader
 from wan_jax.weights.rules import NAMINGS, Shape
 
+# Of CLIP's tower, and not of SigLIP's, which programs keep beside it.
+_TOWER = ("embeddings.class_embedding", "pre_layrnorm.weight", "pre_layrnorm.bias")
 # Names that only this network has, in either naming. A file holds it if it has two of them, so
 # that one lost or misspelled name is reported among the others, not as a network that is absent.
 _SIGNS = {
@@ -51,12 +53,23 @@ _SIGNS = {
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
     ),
+    ("clip", "wan"): (
+        "visual.cls_embedding",
+        "visual.pos_embedding",
+        "visual.pre_norm.weight",
+        "visual.transformer.0.attn.to_qkv.weight",
+    ),
+    # transformers writes its names with this prefix up to release 4, and without from 5 on.
+    ("clip", "diffusers"): (*_TOWER, *(f"vision_model.{name}" for name in _TOWER)),
 }
 _PREFIXES = {
     "dit": ("", "model.diffusion_model.", "diffusion_model.", "model."),
     "vae": ("", "vae.", "first_stage_model.", "model."),
     "umt5": ("", "text_encoders.umt5xxl.transformer.", "umt5xxl.transformer."),
+    "clip": ("",),
 }
+# The DiT's tensors for an image, in either naming.
+_IMAGE = r"img_emb\..*|.*\.k_img\..*|.*\.image_embedder\..*|.*\.add_k_proj\..*"
 # Regular expressions of whole names that belong to no network, and why they are left out.
 IGNORED = {
     r"(.*\.)?spiece_model": "ComfyUI's copy of the tokenizer, as bytes",
@@ -155,19 +168,23 @@ def check_gguf(files: Collection[Path]) -> None:
 
 
 def check_task(shapes: Mapping[str, Shape], file: Path) -> None:
-    """Raise ValueError for a DiT of the Wan family that is not Wan2.1's text to video."""
+    """Raise ValueError for a DiT of the Wan family that is none that is supported."""
     channels = shapes.get("patch_embedding.weight", (0, 0))[1:2]
-    images = r"img_emb\..*|.*\.k_img\..*|.*\.image_embedder\..*|.*\.add_k_proj\..*"
+    image = any(re.fullmatch(_IMAGE, name) for name in shapes)
     if any("vace_" in name for name in shapes):
         kind = "is a VACE checkpoint (it has vace_ tensors)"
-    elif any(re.fullmatch(images, name) for name in shapes):
-        kind = "is an image-to-video checkpoint (it has tensors for an image)"
-    elif channels == (36,):
-        kind = "is an image-to-video checkpoint (its DiT has 36 input channels)"
+    elif channels == (36,) and not image:
+        kind = (
+            "is a Wan2.2 or Fun checkpoint (its DiT has 36 input channels and no tensors for "
+            "CLIP's tokens of an image)"
+        )
     elif channels == (48,):
         kind = "is a Wan2.2 or control checkpoint (its DiT has 48 input channels)"
     elif re.search(r"wan[-_.]?2[-_.]2|(high|low)_noise", "/".join(file.parts[-2:]).lower()):
         kind = "is, by its name, half of a Wan2.2 checkpoint"
     else:
         return
-    raise ValueError(f"{file} {kind}; only Wan2.1 text-to-video checkpoints are supported")
+    raise ValueError(
+        f"{file} {kind}; only text-to-video, image-to-video and first-last-frame checkpoints of "
+        "Wan2.1 are supported"
+    )

@@ -5,30 +5,39 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from wan_jax.config import Defaults, DiTConfig, UMT5Config, VAEConfig, WanConfig, default_settings
+from wan_jax.clip import CLIP
+from wan_jax.config import (
+    PARTS,
+    CLIPConfig,
+    Defaults,
+    DiTConfig,
+    UMT5Config,
+    VAEConfig,
+    WanConfig,
+    default_settings,
+)
 from wan_jax.dit import DiT
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.umt5 import UMT5
 from wan_jax.vae import VAE
-from wan_jax.weights import dit, repacks, trees, umt5, vae
+from wan_jax.weights import clip, dit, repacks, trees, umt5, vae
 from wan_jax.weights.facts import one_line, read_json
-from wan_jax.weights.layouts import UMT5_PTH as UMT5_PTH
-from wan_jax.weights.layouts import VAE_PTH as VAE_PTH
 from wan_jax.weights.layouts import Search
 from wan_jax.weights.readers import FileReader
 from wan_jax.weights.rules import Shape, Table
 
-PARTS = ("dit", "vae", "umt5")
 DEFAULTS_FILE = "wan_jax.json"
 CONFIG_FILE = "config.json"
-PartConfig = DiTConfig | VAEConfig | UMT5Config
+PartConfig = DiTConfig | VAEConfig | UMT5Config | CLIPConfig
+TABLES: dict[str, ModuleType] = {"dit": dit, "vae": vae, "umt5": umt5, "clip": clip}
 
-_TOKENIZERS = ("tokenizer", "google/umt5-xxl")
+TOKENIZERS = ("tokenizer", "google/umt5-xxl")
 _MAX_SIZE = 2**20  # no dimension of a network is larger; UMT5's vocabulary has 256384
 
 
@@ -57,11 +66,17 @@ class Folder:
     defaults: Defaults | None
 
     @property
+    def missing(self) -> list[str]:
+        """What a whole checkpoint has and was not asked for; its DiT says what that is."""
+        if "dit" not in self.sources:
+            return ["dit"]
+        return [part for part in _needed(self.sources["dit"]) if part not in self.sources]
+
+    @property
     def config(self) -> WanConfig:
         """The whole configuration; ValueError if the parts do not fit or one was not asked for."""
-        missing = [part for part in PARTS if part not in self.sources]
-        if missing or self.defaults is None:
-            raise ValueError(f"{self.path} was opened without {missing}; the config needs all")
+        if self.missing or self.defaults is None:
+            raise ValueError(f"{self.path} was opened without {self.missing}; the config needs all")
         parts: dict[str, Any] = {part: source.config for part, source in self.sources.items()}
         try:
             return WanConfig(**parts, defaults=self.defaults)
@@ -73,12 +88,16 @@ class Folder:
 def abstract_part(config: PartConfig, dtype: jnp.dtype) -> Any:
     """The network of this configuration with shapes in place of arrays.
 
-    dtype is the compute dtype asked for; the VAE is float32 in either mode, as in the reference.
+    dtype is the compute dtype asked for. The VAE is float32 in either mode, as in the reference.
     """
     if isinstance(config, DiTConfig):
         return trees.abstract(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype))
     if isinstance(config, UMT5Config):
         return trees.abstract(lambda: UMT5(config, rngs=nnx.Rngs(0), dtype=dtype))
+    if isinstance(config, CLIPConfig):
+        # In float16, as in the original, its error is 1e-3; it would be 7e-3 in bfloat16.
+        half = jnp.dtype("float16") if dtype == jnp.bfloat16 else dtype
+        return trees.abstract(lambda: CLIP(config, rngs=nnx.Rngs(0), dtype=half))
     return trees.abstract(lambda: VAE(config, rngs=nnx.Rngs(0)))
 
 
@@ -86,27 +105,39 @@ def part_table(config: PartConfig) -> Table:
     """The rules of the network of this configuration."""
     if isinstance(config, DiTConfig):
         return dit.table(config)
-    return umt5.table(config) if isinstance(config, UMT5Config) else vae.table(config)
+    if isinstance(config, UMT5Config):
+        return umt5.table(config)
+    return clip.table(config) if isinstance(config, CLIPConfig) else vae.table(config)
 
 
-def open_folder(path: Path, parts: Sequence[str] = PARTS) -> Folder:
+def open_folder(path: Path, parts: Sequence[str] | None = None) -> Folder:
     """Find the parts asked for in a folder or one file, whoever arranged it.
 
     path: a folder in the Diffusers, the original or ComfyUI's layout or a mixture of them, or a
-    file that holds every part asked for. Only headers are read. Raises ValueError naming what is
-    missing and where it was looked for, or what is wrong with a file.
+    file that holds every part asked for. parts: None is the DiT and what it needs, so CLIP if it
+    takes an image. Only headers are read. Raises ValueError naming what is missing and where it
+    was looked for, or what is wrong with a file.
     """
-    unknown = [part for part in parts if part not in PARTS]
+    unknown = [part for part in parts or () if part not in PARTS]
     if unknown:
         raise ValueError(f"a checkpoint has no parts {unknown}; it has {list(PARTS)}")
     try:
         search = Search(path)
-        sources = {part: _open(search, part) for part in parts}
+        sources = {"dit": _open(search, "dit")} if parts is None else {}
+        for part in _needed(sources["dit"]) if parts is None else parts:
+            if part not in sources:
+                sources[part] = _open(search, part)
         tokenizer = _tokenizer(search, sources["umt5"]) if "umt5" in sources else None
         defaults = _defaults(search.base, sources["dit"].config) if "dit" in sources else None
     except OSError as error:  # such as a folder that may not be entered
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     return Folder(path, sources, tokenizer, defaults)
+
+
+def _needed(source: Source) -> tuple[str, ...]:
+    """The parts of a checkpoint with this DiT."""
+    assert isinstance(source.config, DiTConfig)
+    return source.config.parts
 
 
 def _open(search: Search, part: str) -> Source:
@@ -139,6 +170,7 @@ def _description(search: Search, part: str, file: Path, *, own: bool) -> dict[st
     others = {
         "vae": values.get("_class_name") == "AutoencoderKLWan" or "base_dim" in values,
         "umt5": values.get("model_type") == "umt5" or "d_model" in values,
+        "clip": values.get("model_type") == "clip_vision_model" or "hidden_size" in values,
     }
     kind = next((name for name, found in others.items() if found), "dit")
     return values if own or kind == part else None
@@ -169,19 +201,11 @@ def _configured(
 def _read_config(
     part: str, shapes: Mapping[str, Shape], *, naming: str, values: Mapping[str, Any] | None
 ) -> PartConfig:
-    if part == "vae":
-        if values is None:
-            return vae.config_from_shapes(shapes, naming)
-        return vae.config_from_diffusers(values)
-    if part == "umt5":
-        if values is None:
-            return umt5.config_from_shapes(shapes, naming)
-        return umt5.config_from_diffusers(values)
     if values is None:
-        return dit.config_from_shapes(shapes, naming)
-    if "num_attention_heads" in values or "attention_head_dim" in values:
-        return dit.config_from_diffusers(values)
-    return dit.config_from_wan(values, shapes, naming=naming)
+        return TABLES[part].config_from_shapes(shapes, naming)
+    if part == "dit" and not {"num_attention_heads", "attention_head_dim"} & set(values):
+        return dit.config_from_wan(values, shapes, naming=naming)
+    return TABLES[part].config_from_diffusers(values)
 
 
 def _check_sizes(config: PartConfig, tensors: int) -> None:
@@ -201,7 +225,7 @@ def _tokenizer(search: Search, source: Source) -> Path:
     bases = [search.base, own]
     if search.file is not None or own != search.base:
         bases.append(own.parent)
-    found = [base / name for base in bases for name in _TOKENIZERS if (base / name).is_dir()]
+    found = [base / name for base in bases for name in TOKENIZERS if (base / name).is_dir()]
     if not found:
         raise ValueError(
             f"{search.path} has no tokenizer/ and no google/umt5-xxl/; one is needed, with the "
@@ -231,11 +255,12 @@ def _defaults(base: Path, config: PartConfig) -> Defaults:
         raise ValueError(text if text.startswith(str(file)) else f"{file}: {text}") from error
     for field in dataclasses.fields(Defaults):
         value, usual = getattr(found, field.name), field.default
-        kinds = (int, float) if isinstance(usual, float) else (type(usual),)
+        kinds = (int, float, type(usual)) if isinstance(usual, float | None) else (type(usual),)
         fits = type(value) in kinds and (type(value) is not float or math.isfinite(value))
         if fits and field.name == "size":
             fits = [type(side) for side in value] == [int, int]
         if not fits:
             shown = repr(value)[:100]
-            raise ValueError(f"{file} has {field.name} = {shown}; one like {usual!r} is needed")
+            like = "a number or null" if usual is None else f"one like {usual!r}"
+            raise ValueError(f"{file} has {field.name} = {shown}; {like} is needed")
     return found

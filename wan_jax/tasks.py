@@ -1,0 +1,152 @@
+"""What --task means: the checkpoint that it is for, its settings, and where to download it."""
+
+import ast
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from wan_jax.config import RELEASED, WanConfig
+from wan_jax.prompts import parse_size
+
+SETTINGS = ("negative_prompt", "size", "frames", "steps", "shift", "guidance", "solver")
+_480P = ((832, 480), (480, 832))
+_KINDS = ("a text-to-video", "an image-to-video", "a first-and-last-frame")
+_SCRIPTS = ("run_t2v.py", "run_i2v.py", "run_i2v.py")
+_IMAGE_FLAGS: tuple[tuple[str, ...], ...] = ((), ("image",), ("first_frame", "last_frame"))
+
+
+class Task(NamedTuple):
+    """released: its networks, in config.RELEASED. config: the file in configs/, without .py."""
+
+    released: str
+    config: str
+    repository: str
+
+    @property
+    def network(self) -> WanConfig:
+        """The configuration of the released checkpoint."""
+        return RELEASED[self.released]
+
+
+_T2V_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+_I2V_480P = Task("i2v-14B", "i2v_14b_480p", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers")
+_I2V_720P = Task("i2v-14B", "i2v_14b_720p", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers")
+TEXT_TASKS = {
+    "t2v-1.3B": Task("t2v-1.3B", "t2v_1_3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "t2v-14B": Task("t2v-14B", "t2v_14b", _T2V_14B),
+    "t2i-14B": Task("t2v-14B", "t2i_14b", _T2V_14B),
+}
+IMAGE_TASKS = {
+    "i2v-14B": _I2V_720P,  # or the other, by --size: the reference has one name for both
+    "i2v-14B-480P": _I2V_480P,
+    "i2v-14B-720P": _I2V_720P,
+    # The hub has this one in lower case.
+    "flf2v-14B": Task("flf2v-14B", "flf2v_14b", "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers"),
+}
+_TASKS = TEXT_TASKS | IMAGE_TASKS
+
+
+def chosen(values: flags.FlagValues) -> Task | None:
+    """The task of the flags, if one is given."""
+    if values.task is None:
+        return None
+    if values.task == "i2v-14B" and values.size is not None and parse_size(values.size) in _480P:
+        return _I2V_480P
+    return _TASKS[values.task]
+
+
+def likely(values: flags.FlagValues, tasks: Collection[str]) -> WanConfig:
+    """What the checkpoint will be, as far as the flags tell; tasks: those of the script."""
+    task = chosen(values)
+    if task is not None:
+        return task.network
+    return RELEASED["t2v-14B" if "t2v-14B" in tasks else f"{_image_kind(values)}-14B"]
+
+
+def miniature(values: flags.FlagValues, tasks: Collection[str]) -> str | None:
+    """What to load without a checkpoint; None is load()'s own choice, text to video."""
+    return None if "t2v-14B" in tasks else f"nano-{_image_kind(values)}"
+
+
+def _image_kind(values: flags.FlagValues) -> str:
+    """i2v or flf2v, by the images given."""
+    return "i2v" if values.first_frame is None and values.last_frame is None else "flf2v"
+
+
+def check_checkpoint(values: flags.FlagValues, config: WanConfig, tasks: Collection[str]) -> None:
+    """Raise ValueError for a checkpoint of another kind than the script or --task is for."""
+    path, kind = values.ckpt_dir, _KINDS[config.images]
+    able = {_TASKS[name].network.images for name in tasks}
+    if config.images not in able:
+        script = _SCRIPTS[config.images]
+        raise ValueError(f"--ckpt_dir {path} is {kind} checkpoint; {script} runs those")
+    task = chosen(values)
+    if task is not None and task.network.images != config.images:
+        fits = next(name for name in tasks if _TASKS[name].network.images == config.images)
+        raise ValueError(
+            f"--ckpt_dir {path} is {kind} checkpoint and --task {values.task} is for "
+            f"{_KINDS[task.network.images]} one; use --task {fits}"
+        )
+
+
+def images(values: flags.FlagValues, count: int) -> dict[str, str]:
+    """{"image", "last_image": path} that the flags give a checkpoint which takes `count` images.
+
+    Raises ValueError for a flag that is for another kind of checkpoint.
+    """
+    if "image" not in values:
+        return {}
+    wanted = _IMAGE_FLAGS[count]
+    for name in ("image", "first_frame", "last_frame"):
+        if values[name].value is not None and name not in wanted:
+            needed = " and ".join(f"--{flag}" for flag in wanted)
+            raise ValueError(
+                f"--{name} {values[name].value} is given; {_KINDS[count]} checkpoint takes {needed}"
+            )
+    paths = zip(("image", "last_image"), (values[name].value for name in wanted), strict=False)
+    return {name: path for name, path in paths if path is not None}
+
+
+def image_flag(name: str, count: int) -> str:
+    """The flag that sets "image" or "last_image" of a checkpoint which takes `count` images."""
+    return "last_frame" if name == "last_image" else _IMAGE_FLAGS[count or 1][0]
+
+
+def settings(values: flags.FlagValues, configs: Path) -> dict[str, Any]:
+    """The settings of --task or --config, {} without either. configs: the folder of the tasks'.
+
+    Raises ValueError for both, for a task without a checkpoint, and for a file that is none.
+    """
+    task = chosen(values)
+    if task is None:
+        return {} if values.config is None else read_settings(Path(values.config))
+    if values.config is not None:
+        raise ValueError(
+            f"--task {values.task} and --config {values.config} are both given; need one"
+        )
+    if values.ckpt_dir is None:
+        raise ValueError(
+            f"--task {values.task} needs --ckpt_dir: a folder, or {task.repository}, which is "
+            "downloaded"
+        )
+    return read_settings(configs / f"{task.config}.py")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The literal of a configuration file, `config = {...}`; nothing in the file is executed."""
+    try:
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        values = [n.value for n in module.body if isinstance(n, ast.Assign)]
+        found = dict(ast.literal_eval(values[0]))
+        found["sizes"] = [(int(w), int(h)) for w, h in found.get("sizes", ())]
+    except (OSError, SyntaxError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"--config {path} is not a file with one `config = {{...}}`: {error}"
+        ) from error
+    known = ["sizes", "shift_480p", *SETTINGS]
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        raise ValueError(f"--config {path} has unknown settings {unknown}; known: {known}")
+    return found
