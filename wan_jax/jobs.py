@@ -47,15 +47,17 @@ def plan(values: flags.FlagValues, configs: Path, names: Collection[str]) -> Pla
             with _naming(flag, folder):
                 folders.check_writable(Path(folder))
     path = values.ckpt_dir
-    if path is not None and not Path(path).exists():  # elsewhere, if anywhere
+    elsewhere = path is not None and not Path(path).exists() and not loading.built_in(path)
+    likely = tasks.likely(values, names)
+    if elsewhere:
         # What is wrong in any case is said before gigabytes are downloaded.
-        likely = tasks.likely(values, names)
         _placed(values, _all_jobs(values, likely, settings, found), digest=None)
     source, digest = tasks.miniature(values, names), None
     with _naming("ckpt_dir", path):
         if path is not None:
+            parts = likely.dit.parts if likely.images else None  # no other has them all
             source = loading.fetch(
-                path, cache_dir=values.cache_dir, callback=Reporter(), notify=say
+                path, parts=parts, cache_dir=values.cache_dir, callback=Reporter(), notify=say
             )
         config = loading.read_config(source)
         if values.skip_existing:

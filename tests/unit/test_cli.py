@@ -23,9 +23,11 @@ def parse(*arguments: str) -> flags.FlagValues:
     return values
 
 
-def script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def script(
+    *arguments: str, cwd: Path, name: str = "run_t2v.py"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "run_t2v.py"), *arguments],
+        [sys.executable, str(ROOT / name), *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
