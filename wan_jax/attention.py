@@ -31,8 +31,8 @@ def attention(
 ) -> Array:
     """Dense attention of q [b, s, n, k] over k and v [b, s', n, k], in the dtype of q.
 
-    implementation: None picks cuDNN on NVIDIA and the Pallas flash kernel ("splash") on TPU for
-    bfloat16, and the memory-bounded "chunked" form for float32 and everywhere else. A named one
+    implementation: None picks cuDNN on NVIDIA for 16 bits and the Pallas flash kernel ("splash") on
+    TPU for bfloat16, and the memory-bounded "chunked" form for all else. A named one
     runs or raises: ValueError for an unknown name or operands it does not take.
     """
     shapes = q_bsnk.shape, k_bsnk.shape, v_bsnk.shape
@@ -54,7 +54,8 @@ def attention(
 def _pick(q: Array) -> str:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return "chunked"
-    return {"gpu": _gpu_kernel(q), "tpu": "splash"}.get(jax.default_backend(), "chunked")
+    tpu_kernel = "splash" if q.dtype == jnp.bfloat16 else "chunked"
+    return {"gpu": _gpu_kernel(q), "tpu": tpu_kernel}.get(jax.default_backend(), "chunked")
 
 
 def _gpu_kernel(q: Array) -> str:
@@ -86,6 +87,8 @@ def _splash(q: Array, k: Array, v: Array) -> Array:
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
 
+    if q.dtype == jnp.float16:
+        raise ValueError("implementation 'splash' is given float16, which Mosaic does not load")
     (_, s, n, d), keys = q.shape, k.shape[1]
     block_q = min(_SPLASH_QUERIES, -(-s // _LANES) * _LANES)
     block_k = min(_SPLASH_KEYS, -(-keys // _LANES) * _LANES)

@@ -127,6 +127,16 @@ def test_splash_on_the_cpu_raises() -> None:
         attention(*draw(4, 4, dtype=jnp.bfloat16), implementation="splash")
 
 
+def test_splash_is_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image tower is float16: named it is refused, unnamed it runs in chunks on a TPU."""
+    operands = draw(4, 4, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="'splash' is given float16"):
+        attention(*operands, implementation="splash")
+    expected = attention(*operands, implementation="chunked")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    np.testing.assert_array_equal(attention(*operands), expected)
+
+
 @pytest.mark.parametrize(
     "shapes",
     [
