@@ -79,6 +79,8 @@ def _convert(values: flags.FlagValues, target: Any, parts: list[str] | None) -> 
         source = loading.fetch(
             values.src, parts=parts, cache_dir=values.cache_dir, callback=report, notify=cli.say
         )
+        if loading.built_in(values.src) is not None:
+            raise ValueError("it is made of random numbers when it is loaded, and has no files")
         if loading.is_checkpoint(source):
             raise ValueError("it is converted already")
         folder = open_folder(source, parts)

@@ -37,8 +37,8 @@ class Block(nnx.Module):
 class CLIP(nnx.Module):
     """The tower's weights without the last block; leaves of `layers` have a leading layer axis.
 
-    dtype is that of the kernels, both embeddings and the residual stream, as in the original: there
-    float16, here bfloat16, or float32 for parity.
+    dtype is that of the kernels, both embeddings and the residual stream, as in the original:
+    float16, or float32 for parity.
     """
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:

@@ -63,11 +63,11 @@ def load(
     path: a converted checkpoint; PyTorch files in the Diffusers or the original layout, or a
     repacked .safetensors file that holds every part; a hub id such as
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"; any of these folders on gs://. What is not converted is,
-    once, into cache_dir. "nano-t2v", "nano-i2v" and "nano-flf2v" make and run a small checkpoint of
-    random weights, and None the first of these. dtype:
-    "bfloat16", or "float32" to compare number by number. offload: each stage's weights leave the
-    device when it is done. text_on_cpu: UMT5 runs on the host. callback: told the progress; notify:
-    told in a sentence what takes long. Raises ValueError naming what is wrong with the files.
+    once, into cache_dir. "nano-t2v", "nano-i2v" and "nano-flf2v" make and run small checkpoints of
+    random weights, and None the first of these. dtype: "bfloat16", or "float32" to compare number
+    by number. offload: each stage's weights leave the device when it is done. text_on_cpu: UMT5
+    runs on the host. callback: told the progress; notify: told in a sentence what takes long.
+    Raises ValueError naming what is wrong with the files.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} is needed")

@@ -25,13 +25,14 @@ from tests.random_weights import random_state_dict
 from wan_jax.config import Defaults
 from wan_jax.tokenizer import write_byte_tokenizer
 from wan_jax.weights import checkpoint, export, miniature, sources, trees
-from wan_jax.weights.sources import PARTS, abstract_part, part_table
+from wan_jax.weights.sources import abstract_part, part_table
 
 VOCAB, TEXT = 384, 32
 DEFAULTS = Defaults(size=(48, 32), frames=5, steps=2, shift=4.5, solver="unipc")
 # bfloat16 in a file that is float32 otherwise; of some stacks one layer, of none all.
 COARSE = {"patch_embedding.weight", "blocks.0.ffn.0.weight", "blocks.1.cross_attn.q.bias"}
 FOLDERS = {"dit": "transformer", "vae": "vae", "umt5": "text_encoder"}
+PARTS = tuple(FOLDERS)
 CLASSES = {"dit": WanTransformer3DModel, "vae": AutoencoderKLWan, "umt5": UMT5EncoderModel}
 State = dict[str, torch.Tensor]
 Export = Callable[..., Path]

@@ -31,8 +31,9 @@ from tests.unit.conftest import TINY
 from tests.unit.test_mutations import REFUSED, SAME, Site, read
 from wan_jax.weights import miniature, rules
 from wan_jax.weights.archive import Archive
+from wan_jax.weights.layouts import UMT5_PTH, VAE_PTH
 from wan_jax.weights.pth import PthReader
-from wan_jax.weights.sources import UMT5_PTH, VAE_PTH, part_table
+from wan_jax.weights.sources import part_table
 
 KINDS = ("zip", "zip4", "unchecked", "legacy")
 

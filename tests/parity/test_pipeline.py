@@ -28,7 +28,6 @@ from tests import tolerances
 from tests.random_weights import random_state_dict, relative_l2
 from wan_jax.tokenizer import write_byte_tokenizer
 from wan_jax.weights import dit, rules, trees
-from wan_jax.weights.sources import PARTS
 
 VOCAB, TEXT = 384, 64
 # Two lengths, one with letters of several bytes and an entity; none fills the 512 tokens.
@@ -246,7 +245,7 @@ def test_every_layout_gives_the_same_bits(
     for name in ("single", "original"):
         wan = wan_jax.load(folders[name], dtype="float32", cache_dir=cache, offload=True)
         assert wan.config == ours.config
-        for part in PARTS:
+        for part in wan.loaders:
             leaves, wanted = (trees.flatten(w.network(part)) for w in (wan, ours))
             assert leaves.keys() == wanted.keys()
             for path, leaf in leaves.items():

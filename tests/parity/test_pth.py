@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 from wan_jax.loading import load
-from wan_jax.weights import miniature, rules, sources, trees
+from wan_jax.weights import layouts, miniature, rules, sources, trees
 from wan_jax.weights.pth import PthReader
 from wan_jax.weights.rules import export
 
@@ -174,7 +174,7 @@ def _original_layout(diffusers: Path, original: Path) -> None:
     """The folder with every network under the original's names and files."""
     original.mkdir()
     folder = sources.open_folder(diffusers)
-    files = {"vae": sources.VAE_PTH, "umt5": sources.UMT5_PTH}
+    files = {"vae": layouts.VAE_PTH, "umt5": layouts.UMT5_PTH}
     for part, source in folder.sources.items():
         targets = trees.flatten(sources.abstract_part(source.config, np.dtype(np.float32)))
         names = list(source.reader.shapes())
@@ -203,7 +203,7 @@ def test_the_original_layout_gives_the_same_networks(tmp_path: Path) -> None:
         two.config.vae,
         two.config.umt5,
     )
-    for part in sources.PARTS:
+    for part in one.loaders:
         theirs = trees.flatten(two.network(part))
         for name, array in trees.flatten(one.network(part)).items():
             assert array.dtype == theirs[name].dtype
@@ -214,7 +214,7 @@ def test_a_file_given_by_itself(tmp_path: Path) -> None:
     """Also under the prefix that wrapper nodes give the VAE."""
     miniature.write(tmp_path / "diffusers")
     _original_layout(tmp_path / "diffusers", tmp_path / "original")
-    file = tmp_path / "original" / sources.VAE_PTH
+    file = tmp_path / "original" / layouts.VAE_PTH
     one = sources.open_folder(file, ("vae",))
     state = torch.load(file, weights_only=True)
     other = tmp_path / "other.pth"

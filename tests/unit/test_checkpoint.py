@@ -18,19 +18,30 @@ from safetensors.numpy import load_file, save_file
 
 import wan_jax
 from tests.random_weights import random_array
-from tests.unit.conftest import TINY
+from tests.unit.conftest import TINY, TINY_FLF2V, TINY_I2V
 from wan_jax import loading
-from wan_jax.config import NANO_T2V, RELEASED, Defaults, DiTConfig, WanConfig
+from wan_jax.config import (
+    NANO_FLF2V,
+    NANO_I2V,
+    NANO_T2V,
+    PARTS,
+    RELEASED,
+    Defaults,
+    DiTConfig,
+    WanConfig,
+)
 from wan_jax.pipeline import Progress
-from wan_jax.weights import checkpoint, dit, rules, trees, umt5, vae
+from wan_jax.weights import checkpoint, clip, dit, rules, trees, umt5, vae
 from wan_jax.weights.rules import MismatchError, Rule, Table
-from wan_jax.weights.sources import DEFAULTS_FILE, PARTS, abstract_part, part_table
+from wan_jax.weights.sources import DEFAULTS_FILE, abstract_part, open_folder, part_table
 
 FILES = {
     "dit": "transformer/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "umt5": "text_encoder/model.safetensors",
 }
+IMAGE_FILES = FILES | {"clip": "image_encoder/model.safetensors"}
+CONFIGS = (TINY, TINY_I2V, TINY_FLF2V, NANO_T2V, NANO_I2V, NANO_FLF2V, *RELEASED.values())
 Tensors = dict[str, np.ndarray]
 
 
@@ -38,6 +49,12 @@ Tensors = dict[str, np.ndarray]
 def source(tiny_source: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that a test may damage."""
     return Path(shutil.copytree(tiny_source, tmp_path / "source"))
+
+
+@pytest.fixture
+def image_source(tiny_flf2v_source: Path, tmp_path: Path) -> Path:
+    """As source, of one that takes two images."""
+    return Path(shutil.copytree(tiny_flf2v_source, tmp_path / "image_source"))
 
 
 @pytest.fixture
@@ -57,7 +74,8 @@ def _edit(file: Path, change: Callable[[Tensors], Any]) -> None:
 
 
 def _assert_same(wan: wan_jax.Wan, other: wan_jax.Wan) -> None:
-    for part in PARTS:
+    assert wan.loaders.keys() == other.loaders.keys() == set(wan.config.dit.parts)
+    for part in wan.loaders:
         leaves, wanted = (trees.flatten(w.loaders[part]()) for w in (wan, other))
         assert leaves.keys() == wanted.keys()
         for path, leaf in leaves.items():
@@ -70,9 +88,10 @@ def _assert_same(wan: wan_jax.Wan, other: wan_jax.Wan) -> None:
 LAYOUTS = {
     f"{name}: {rule.target}": rule
     for name, table in {
-        "dit": dit.TABLE,
+        "dit": dit.table(TINY_FLF2V.dit),
         "vae": vae.table(TINY.vae),
         "umt5": umt5.table(TINY.umt5),
+        "clip": clip.table(TINY_FLF2V.clip),
     }.items()
     for rule in {(rule.layout, rule.stacked): rule for rule in table.rules}.values()
 }
@@ -80,7 +99,7 @@ LAYOUTS = {
 
 def _targets() -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     return {
-        part: trees.flatten(abstract_part(getattr(TINY, part), jnp.dtype("float32")))
+        part: trees.flatten(abstract_part(getattr(TINY_FLF2V, part), jnp.dtype("float32")))
         for part in PARTS
     }
 
@@ -110,7 +129,7 @@ def test_layouts_move_the_axes_that_they_name() -> None:
 def test_export_and_apply_are_inverse(part: str, naming: str) -> None:
     targets = _targets()[part]
     arrays = {path: random_array(path, leaf.shape) for path, leaf in targets.items()}
-    table = part_table(getattr(TINY, part))
+    table = part_table(getattr(TINY_FLF2V, part))
     tensors = dict(rules.export(table, arrays, naming=naming))
     plan = rules.resolve(table, targets, naming=naming, names=list(tensors))
     read: list[int] = []
@@ -295,7 +314,7 @@ def test_links_are_followed(source: Path, cache: Path, tmp_path: Path) -> None:
     (folder,) = cache.iterdir()
     assert not any(file.is_symlink() for file in folder.rglob("*"))
     shutil.rmtree(blobs)
-    assert set(trees.flatten(wan.network("dit"))) == set(_targets()["dit"])
+    assert set(_targets()["vae"]) == set(trees.flatten(wan.network("vae")))
 
 
 def test_small_groups_give_the_same_checkpoint(
@@ -338,7 +357,7 @@ def test_bfloat16_files_are_read_exactly(source: Path, cache: Path) -> None:
         save_file(arrays, source / file)
         narrow[part] = arrays
     wan = _load(source, cache, dtype="float32")
-    for part in PARTS:
+    for part in FILES:
         leaves = trees.flatten(wan.network(part))
         table = part_table(getattr(TINY, part))
         arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
@@ -355,7 +374,7 @@ def test_dtypes_of_what_is_stored(source: Path, cache: Path) -> None:
     """bfloat16 products and float32 islands, or float32 everywhere."""
     _load(source, cache, dtype="float32")
     (full,) = cache.iterdir()
-    for part in PARTS:
+    for part in FILES:
         assert set(_stored(full, part).values()) == {"float32"}
     _load(source, cache)
     (half,) = set(cache.iterdir()) - {full}
@@ -367,6 +386,115 @@ def test_dtypes_of_what_is_stored(source: Path, cache: Path) -> None:
     manifest = json.loads((half / checkpoint.MANIFEST).read_text())
     assert manifest["dtype"] == "bfloat16"
     assert manifest["parts"]["dit"]["tensors"] == len(load_file(source / FILES["dit"]))
+
+
+# Images.
+
+
+@pytest.mark.parametrize("config", [TINY_I2V, TINY_FLF2V], ids=["i2v", "flf2v"])
+def test_a_checkpoint_that_takes_images(
+    config: WanConfig, tiny_i2v_source: Path, tiny_flf2v_source: Path, cache: Path
+) -> None:
+    """Converted once, with the tower in float16, and the same when it is read again."""
+    source = tiny_i2v_source if config == TINY_I2V else tiny_flf2v_source
+    told: list[Progress] = []
+    wan = wan_jax.load(source, cache_dir=cache, callback=told.append)
+    assert wan.config == config == loading.read_config(source)
+    assert tuple(wan.loaders) == PARTS
+    assert [p[:3] for p in told if p.stage == "load"] == [("load", n, 4) for n in range(5)]
+    (folder,) = cache.iterdir()
+    assert loading.known_digest(source, dtype="bfloat16", cache_dir=cache) == wan.digest != ""
+    assert loading.read_config(folder) == config
+    assert set(json.loads((folder / checkpoint.CONFIG).read_text())) == {*PARTS, "defaults"}
+    kinds = _stored(folder, "clip")
+    assert {k for name, k in kinds.items() if "norm" in name} == {"float32"}
+    assert {k for name, k in kinds.items() if "norm" not in name} == {"float16"}
+    _assert_same(wan, _load(folder, cache))
+    full = _load(source, cache, dtype="float32")
+    for name, leaf in trees.flatten(full.network("clip")).items():
+        assert leaf.dtype == jnp.float32, name
+
+
+def test_parts_of_a_checkpoint_that_takes_images(image_source: Path, tmp_path: Path) -> None:
+    """Whole when all that its DiT needs is there, in whatever order it came."""
+    path = tmp_path / "out"
+    checkpoint.write(open_folder(image_source, ("clip", "vae")), path, dtype="bfloat16")
+    missing = r"out has no dit, umt5; add with .* --parts dit,umt5 --dtype bfloat16`$"
+    with pytest.raises(ValueError, match=missing):
+        checkpoint.check_whole(path, "bfloat16")
+    checkpoint.add(open_folder(image_source, ("umt5", "dit")), path, remedy="")
+    checkpoint.check_whole(path, "bfloat16")
+    assert checkpoint.read_config(path) == TINY_FLF2V
+    other = tmp_path / "other"
+    checkpoint.write(open_folder(image_source, ("dit", "vae", "umt5")), other, dtype="bfloat16")
+    with pytest.raises(ValueError, match="other has no clip; add with .* --parts clip "):
+        checkpoint.check_whole(other, "bfloat16")
+    checkpoint.add(open_folder(image_source, ("clip",)), other, remedy="")
+    digests = [checkpoint.read_manifest(p)["digest"] for p in (path, other)]
+    assert digests[0] == digests[1]
+    shutil.rmtree(other / "clip")
+    with pytest.raises(ValueError, match="other has lost its folder clip; convert it again"):
+        checkpoint.check_whole(other, "bfloat16")
+
+
+def test_parts_that_do_not_belong_to_the_dit(
+    source: Path, image_source: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "text"
+    checkpoint.write(open_folder(source), path, dtype="bfloat16")
+    with pytest.raises(ValueError, match="does not fit .*text: a checkpoint has a CLIP tower if"):
+        checkpoint.add(open_folder(image_source, ("clip",)), path, remedy="")
+    narrow = image_source / "image_encoder" / "config.json"
+    values = json.loads(narrow.read_text())
+    narrow.write_text(json.dumps(values | {"hidden_size": 32}))
+    _fails(image_source, tmp_path / "cache", "image tokens of width 16, CLIP writes 32")
+
+
+def test_a_checkpoint_from_before_there_were_images(source: Path, cache: Path) -> None:
+    """Its config.json has no word of them, and the format is the same."""
+    _load(source, cache)
+    (folder,) = cache.iterdir()
+    file = folder / checkpoint.CONFIG
+    values = json.loads(file.read_text())
+    assert "clip" not in values
+    for name in ("image_dim", "image_positions"):
+        del values["dit"][name]
+    del values["defaults"]["shift_480p"]
+    file.write_text(json.dumps(values))
+    assert checkpoint.FORMAT == 3
+    wan = _load(folder, cache)
+    assert wan.config == TINY
+    assert tuple(wan.loaders) == ("dit", "vae", "umt5")
+
+
+@pytest.mark.parametrize("name", ["nano-t2v", "nano-i2v", "nano-flf2v"])
+def test_small_random_networks_have_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = {"nano-t2v": NANO_T2V, "nano-i2v": NANO_I2V, "nano-flf2v": NANO_FLF2V}[name]
+    cache = tmp_path / "cache"
+    assert loading.fetch(name) == name
+    assert loading.built_in(name) == loading.read_config(name) == wanted
+    assert loading.known_digest(name, dtype="bfloat16", cache_dir=cache) is None
+    said: list[str] = []
+    wan = wan_jax.load(name, cache_dir=cache, offload=True, notify=said.append)
+    assert wan.config == wanted
+    assert said[0].startswith("running a small network of random weights, which shows")
+    assert loading.known_digest(name, dtype="bfloat16", cache_dir=cache) == wan.digest
+
+
+def test_a_folder_of_the_name_of_a_small_network(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parent)
+    source.rename("nano-i2v")
+    assert loading.built_in("nano-i2v") is None
+    assert loading.fetch("nano-i2v") == source.parent / "nano-i2v"
+    assert wan_jax.load("nano-i2v", cache_dir=cache, offload=True).config == TINY
+    assert loading.built_in(source.parent / "nano-t2v") is None
+    with pytest.raises(ValueError, match="nano-x2v does not exist; needed is a checkpoint's"):
+        wan_jax.load("nano-x2v", cache_dir=cache)
 
 
 # What is wrong with a folder.
@@ -438,10 +566,11 @@ def test_tensors_that_do_not_fit(source: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_every_part_is_checked(source: Path, cache: Path, part: str) -> None:
-    _edit(source / FILES[part], lambda tensors: tensors.update(extra=np.zeros(3, np.float32)))
+def test_every_part_is_checked(image_source: Path, cache: Path, part: str) -> None:
+    file = image_source / IMAGE_FILES[part]
+    _edit(file, lambda tensors: tensors.update(extra=np.zeros(3, np.float32)))
     with pytest.raises(MismatchError, match="unused: extra\n"):
-        _load(source, cache)
+        _load(image_source, cache)
     assert not cache.exists()
 
 
@@ -500,7 +629,7 @@ def test_networks_that_do_not_belong_together(source: Path, cache: Path) -> None
     config.write_text(json.dumps(values | {"text_dim": 24}))
     _fails(source, cache, "the DiT reads text of width 24, UMT5 writes 16")
     config.write_text(json.dumps(values | {"image_dim": 1280}))
-    _fails(source, cache, str(config), "image_dim = 1280")
+    _fails(source, cache, str(config), "added_kv_proj_dim = None; 32 is needed")
 
 
 def test_folders_that_are_missing(source: Path, cache: Path, tmp_path: Path) -> None:
@@ -550,7 +679,7 @@ def test_checkpoints_that_are_damaged(source: Path, cache: Path) -> None:
 # Configurations.
 
 
-@pytest.mark.parametrize("config", [TINY, NANO_T2V, *RELEASED.values()])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_json_round_trip(config: WanConfig) -> None:
     text = config.to_json()
     assert WanConfig.from_json(text) == config
@@ -558,17 +687,19 @@ def test_json_round_trip(config: WanConfig) -> None:
     assert Defaults.from_dict(config.defaults.to_dict()) == config.defaults
 
 
-@pytest.mark.parametrize("config", [TINY, NANO_T2V, *RELEASED.values()])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_diffusers_configs_round_trip(config: WanConfig) -> None:
     assert dit.config_from_diffusers(dit.config_to_diffusers(config.dit)) == config.dit
     assert vae.config_from_diffusers(vae.config_to_diffusers(config.vae)) == config.vae
     assert umt5.config_from_diffusers(umt5.config_to_diffusers(config.umt5)) == config.umt5
+    if config.clip is not None:
+        assert clip.config_from_diffusers(clip.config_to_diffusers(config.clip)) == config.clip
 
 
 def test_unknown_fields_are_named() -> None:
     values = json.loads(TINY.to_json())
-    with pytest.raises(ValueError, match=r"unknown sections \['clip'\]; known: \['dit', 'vae'"):
-        WanConfig.from_json(json.dumps(values | {"clip": {}}))
+    with pytest.raises(ValueError, match=r"unknown sections \['lora'\]; known: \['dit', 'vae'"):
+        WanConfig.from_json(json.dumps(values | {"lora": {}}))
     values["dit"]["depth"] = 2
     with pytest.raises(ValueError, match=r"DiTConfig has no field \['depth'\]; its fields: \["):
         WanConfig.from_json(json.dumps(values))

@@ -21,9 +21,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.unit.conftest import TINY
-from wan_jax.weights import checkpoint, export, miniature, rules, sources
-from wan_jax.weights.sources import PARTS
+from tests.unit.conftest import TINY, TINY_FLF2V
+from wan_jax.weights import checkpoint, export, layouts, miniature, rules, sources
 
 ROOT = Path(__file__).parents[2]
 DIT_FILE = "transformer/diffusion_pytorch_model.safetensors"
@@ -34,6 +33,14 @@ def converted(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """tiny_source in float32; tests copy it before they change it."""
     path = tmp_path_factory.mktemp("converted") / "tiny"
     checkpoint.write(sources.open_folder(tiny_source), path, dtype="float32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def image_converted(tiny_flf2v_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As converted, of a checkpoint that takes two images; bfloat16, and CLIP float16."""
+    path = tmp_path_factory.mktemp("converted") / "tiny"
+    checkpoint.write(sources.open_folder(tiny_flf2v_source), path, dtype="bfloat16")
     return path
 
 
@@ -179,6 +186,84 @@ def test_one_parameter_is_in_memory_at_a_time(
     assert not any(alive)
 
 
+# Images.
+
+DIFFUSERS_FILES = {
+    "model_index.json",
+    "image_encoder/config.json",
+    "image_encoder/model.safetensors",
+    "image_processor/preprocessor_config.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "transformer/config.json",
+    DIT_FILE,
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "wan_jax.json",
+}
+
+
+def test_a_whole_checkpoint_that_takes_images(image_converted: Path, dst: Path) -> None:
+    export.write(image_converted, dst, layout="diffusers")
+    assert _files(dst) == DIFFUSERS_FILES
+    assert sources.open_folder(dst).config == TINY_FLF2V
+    index = json.loads((dst / "model_index.json").read_text())
+    assert index["_class_name"] == "WanImageToVideoPipeline"
+    assert index["image_encoder"] == ["transformers", "CLIPVisionModel"]
+    assert index["image_processor"] == ["transformers", "CLIPImageProcessor"]
+    processor = json.loads((dst / "image_processor" / "preprocessor_config.json").read_text())
+    assert processor["crop_size"] == {"height": 28, "width": 28}
+    values = json.loads((dst / "transformer" / "config.json").read_text())
+    assert values["added_kv_proj_dim"] == 32 and values["pos_embed_seq_len"] == 10
+
+
+def test_what_is_written_of_the_tower(
+    image_converted: Path, tiny_flf2v_source: Path, dst: Path, tmp_path: Path
+) -> None:
+    """Its tensors in their own dtype, and a last block that adds nothing; read again, the same."""
+    export.write(image_converted, dst, layout="diffusers", parts=["clip"], max_shard=2000)
+    assert len(list(dst.glob("image_encoder/model-*.safetensors"))) > 3
+    found = {n: a for f in dst.rglob("*.safetensors") for n, a in load_file(f).items()}
+    source = load_file(tiny_flf2v_source / "image_encoder" / "model.safetensors")
+    assert {array.dtype.name for array in found.values()} == {"float32"}
+    for name, array in source.items():
+        rounded = array if "norm" in name else array.astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(found[name], rounded, err_msg=name)
+    more = found.keys() - source.keys()
+    last = {name for name in more if name.startswith("vision_model.encoder.layers.2.")}
+    norms = {f"vision_model.post_layernorm.{leaf}" for leaf in ("weight", "bias")}
+    assert len(last) == 16 and more == last | norms
+    for name in more:
+        value = float("norm" in name and name.endswith("weight"))
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    again = sources.open_folder(dst, ("clip",))
+    checkpoint.write(again, tmp_path / "again", dtype="bfloat16")
+    entries = [
+        checkpoint.read_manifest(path)["parts"]["clip"]
+        for path in (image_converted, tmp_path / "again")
+    ]
+    for name in ("rules", "tensors", "dtype", "dtypes", "facts_sha256"):
+        assert entries[0][name] == entries[1][name], name
+
+
+def test_the_original_has_no_file_for_the_tower_alone(image_converted: Path, dst: Path) -> None:
+    match = rf"text tower.* take the released {layouts.CLIP_PTH} and .* --parts dit,vae,umt5$"
+    for parts in (None, ["clip"], ["dit", "clip"]):
+        _refused(image_converted, dst, match, layout="original", parts=parts)
+    export.write(image_converted, dst, layout="original", parts=["dit", "vae", "umt5"])
+    values = json.loads((dst / "config.json").read_text())
+    assert (values["model_type"], values["in_dim"]) == ("flf2v", 36)
+    assert sources.open_folder(dst, ("dit",)).sources["dit"].config == TINY_FLF2V.dit
+
+
+def test_a_pipeline_has_all_that_the_dit_needs(image_converted: Path, dst: Path) -> None:
+    export.write(image_converted, dst, layout="diffusers", parts=["dit", "vae", "umt5"])
+    assert "model_index.json" not in _files(dst)
+
+
 # Dtypes.
 
 
@@ -255,8 +340,9 @@ def test_a_dst_that_exists(converted: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"parts": ["clip"]}, "parts is 'clip'; needed are some of dit,vae,umt5"),
-        ({"parts": []}, "parts is ''; needed are some of dit,vae,umt5"),
+        ({"parts": ["lora"]}, "parts is 'lora'; needed are some of dit,vae,umt5,clip"),
+        ({"parts": ["clip"]}, "parts has clip and .*tiny has not; it has dit,vae,umt5"),
+        ({"parts": []}, "parts is ''; needed are some of dit,vae,umt5,clip"),
         ({"layout": "comfyui"}, "layout 'comfyui'.*'original', 'diffusers'"),
         ({"dtype": "int8"}, "dtype 'int8'.*'source', 'float32', 'bfloat16', 'float16'"),
         ({"max_shard": 0}, "max_shard_size of 0 bytes .* a positive size"),
@@ -382,7 +468,7 @@ def test_the_script_refuses_in_one_line(converted: Path, arguments: list[str], t
 def test_every_name_of_the_tables_is_written(converted: Path, tmp_path: Path) -> None:
     """In either layout, and no other."""
     for layout, naming in (("original", "wan"), ("diffusers", "diffusers")):
-        for part in PARTS:
+        for part in TINY.dit.parts:
             dst = tmp_path / layout / part
             export.write(converted, dst, layout=layout, parts=[part])
             (file,) = dst.rglob("*.safetensors")

@@ -1,6 +1,5 @@
 """Every rule table against what the released checkpoints hold, at full size, without weights."""
 
-import dataclasses
 import json
 import math
 import re
@@ -13,21 +12,21 @@ import pytest
 
 from tests import manifests
 from tests.manifests import Tensors
-from wan_jax.config import T2V_1_3B, T2V_14B, UMT5Config, VAEConfig
-from wan_jax.weights import dit, rules, trees, umt5, vae
+from wan_jax.config import FLF2V_14B, I2V_14B, T2V_1_3B, T2V_14B, CLIPConfig, UMT5Config, VAEConfig
+from wan_jax.weights import clip, dit, rules, trees, umt5, vae
 from wan_jax.weights.rules import MismatchError
 from wan_jax.weights.sources import PartConfig, abstract_part, part_table
 
-_IMAGE_DIT = dataclasses.replace(T2V_14B.dit, in_channels=36)
 CONFIGS: dict[str, PartConfig] = {
     "t2v_1_3b": T2V_1_3B.dit,
     "t2v_14b": T2V_14B.dit,
-    "i2v_14b": _IMAGE_DIT,
-    "flf2v_14b": _IMAGE_DIT,
+    "i2v_14b": I2V_14B.dit,
+    "flf2v_14b": FLF2V_14B.dit,
     "vae": VAEConfig(),
     "umt5": UMT5Config(),
+    "clip": CLIPConfig(),
 }
-# Tensors and parameters, in either naming.
+# Tensors and parameters, in either naming; CLIP's products are joined in one of them.
 COUNTS = {
     "t2v_1_3b": (825, 1_418_996_800),
     "t2v_14b": (1095, 14_288_491_584),
@@ -35,26 +34,16 @@ COUNTS = {
     "flf2v_14b": (1304, 16_395_536_704),
     "vae": (194, 126_892_531),
     "umt5": (242, 5_680_910_336),
+    "clip.wan": (392, 632_076_800),
+    "clip.diffusers": (520, 632_076_800),
 }
 # Bytes of released files, from listings.
 FILES = {"t2v_1_3b.wan": 5_676_070_424, "vae.diffusers": 507_591_892}
-IMAGE_NETS = ("i2v_14b", "flf2v_14b")
-WHOLE = [name for name in manifests.NAMES if name.split(".")[0] not in IMAGE_NETS]
-# The image branch, which the DiT does not have yet: every name of it and no other.
-_EMBEDDER = r"condition_embedder\.image_embedder"
-IMAGE_KEYS = {
-    "wan": (
-        r"img_emb\.proj\.[0134]\.(weight|bias)",
-        r"img_emb\.emb_pos",
-        r"blocks\.\d+\.cross_attn\.[kv]_img\.(weight|bias)",
-        r"blocks\.\d+\.cross_attn\.norm_k_img\.weight",
-    ),
-    "diffusers": (
-        rf"{_EMBEDDER}\.(norm1|norm2|ff\.net\.0\.proj|ff\.net\.2)\.(weight|bias)",
-        rf"{_EMBEDDER}\.pos_embed",
-        r"blocks\.\d+\.attn2\.add_[kv]_proj\.(weight|bias)",
-        r"blocks\.\d+\.attn2\.norm_added_k\.weight",
-    ),
+# What the tables leave out: of CLIP what comes after the state that Wan2.1 takes.
+IGNORED = {
+    "clip.wan": r"visual\.(transformer\.31\..*|post_norm\.(weight|bias)|head)",
+    "clip.diffusers": r"vision_model\.(encoder\.layers\.31\..*|post_layernorm\.(weight|bias))"
+    r"|visual_projection\.weight",
 }
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
 
@@ -91,16 +80,18 @@ def _shapes(name: str) -> dict[str, rules.Shape]:
     return {tensor: shape for tensor, (shape, _) in manifests.load(name).items()}
 
 
-def _image_keys(name: str, tensors: Tensors) -> set[str]:
-    patterns = IMAGE_KEYS[name.split(".")[1]]
-    return {key for key in tensors if any(re.fullmatch(pattern, key) for pattern in patterns)}
+def _left_out(name: str) -> set[str]:
+    return {
+        tensor for tensor in manifests.load(name) if re.fullmatch(IGNORED.get(name, ""), tensor)
+    }
 
 
 @pytest.mark.parametrize("name", manifests.NAMES)
 def test_counts(name: str) -> None:
     tensors, head = manifests.load(name), manifests.head(name)
     counts = len(tensors), sum(math.prod(shape) for shape, _ in tensors.values())
-    assert counts == COUNTS[name.split(".")[0]] == (head["tensors"], head["parameters"])
+    wanted = COUNTS.get(name) or COUNTS[name.split(".")[0]]
+    assert counts == wanted == (head["tensors"], head["parameters"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -116,12 +107,26 @@ def test_sizes_of_released_files(name: str) -> None:
     assert 8 + len(text) + -len(text) % 8 + end == FILES[name]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", manifests.NAMES)
 def test_tables_are_total(name: str) -> None:
     """Every tensor of the checkpoint is used once, every parameter of ours is filled once."""
     tensors = manifests.load(name)
     plan = _check(name, tensors)
-    assert sorted(source for item in plan for source in item.sources) == sorted(tensors)
+    used = sorted(source for item in plan for source in item.sources)
+    assert used == sorted(tensors.keys() - _left_out(name))
+
+
+@pytest.mark.parametrize("naming", rules.NAMINGS)
+def test_what_images_add(naming: str) -> None:
+    """Five tensors a block and the MLP before them; two images have a table of positions more."""
+    text, one, two = (manifests.load(f"{n}_14b.{naming}") for n in ("t2v", "i2v", "flf2v"))
+    assert len(one.keys() - text.keys()) == 5 * 40 + 8
+    assert not text.keys() - one.keys() and not one.keys() - two.keys()
+    (table,) = two.keys() - one.keys()
+    assert two[table][0] == (1, 2 * CLIPConfig().num_tokens, 1280)
+    for tensors, name in ((one, "flf2v_14b"), (two, "i2v_14b"), (text, "i2v_14b")):
+        with pytest.raises(MismatchError, match="source tensors (unused|absent): [^-]"):
+            _check(f"{name}.{naming}", tensors)
 
 
 @pytest.mark.parametrize("stored", [(SHARED,), (TIED,), (SHARED, TIED)])
@@ -133,40 +138,30 @@ def test_tied_embeddings(stored: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("naming", rules.NAMINGS)
-@pytest.mark.parametrize("net", IMAGE_NETS)
-def test_only_the_image_branch_is_left_over(net: str, naming: str) -> None:
-    name = f"{net}.{naming}"
-    tensors = manifests.load(name)
-    image = _image_keys(name, tensors)
-    plan = _check(name, {key: tensors[key] for key in tensors.keys() - image})
-    used = {source for item in plan for source in item.sources}
-    assert tensors.keys() - used == image
-    extra = COUNTS[net][0] - COUNTS["t2v_14b"][0]
-    assert len(image) == extra == 5 * 40 + 8 + (net == "flf2v_14b")
-    assert tensors["patch_embedding.weight"][0] == (5120, 36, 1, 2, 2)
-    with pytest.raises(MismatchError, match=rf"source tensors unused: .* {extra} in all"):
-        _check(name, tensors)
-
-
-@pytest.mark.parametrize("naming", rules.NAMINGS)
 def test_configs_from_shapes(naming: str) -> None:
-    """The original layout stores no dimensions of the VAE and of UMT5."""
+    """The original layout stores no dimensions of the VAE, of UMT5 and of CLIP."""
     assert vae.config_from_shapes(_shapes(f"vae.{naming}"), naming) == VAEConfig()
     assert umt5.config_from_shapes(_shapes(f"umt5.{naming}"), naming) == UMT5Config()
+    assert clip.config_from_shapes(_shapes(f"clip.{naming}"), naming) == CLIPConfig()
+    for net in manifests.DITS:
+        assert dit.config_from_shapes(_shapes(f"{net}.{naming}"), naming) == CONFIGS[net]
 
 
-@pytest.mark.parametrize("net", ["t2v_1_3b", "t2v_14b"])
+@pytest.mark.parametrize("net", manifests.DITS)
 def test_configs_of_the_dit(net: str) -> None:
     """From config.json as the original's class and diffusers' write it."""
     values = manifests.head(f"{net}.wan")["config"]
     assert dit.config_from_wan(values, _shapes(f"{net}.wan")) == CONFIGS[net]
+    assert dit.config_to_wan(CONFIGS[net]).items() >= values.items()
     values = manifests.head(f"{net}.diffusers")["config"]
     assert dit.config_from_diffusers(values) == CONFIGS[net]
+    assert dit.config_to_diffusers(CONFIGS[net]).items() >= values.items()
 
 
 def test_configs_of_diffusers() -> None:
     assert vae.config_from_diffusers(manifests.head("vae.diffusers")["config"]) == VAEConfig()
     assert umt5.config_from_diffusers(manifests.head("umt5.diffusers")["config"]) == UMT5Config()
+    assert clip.config_from_diffusers(manifests.head("clip.diffusers")["config"]) == CLIPConfig()
 
 
 def _drop(tensors: Tensors, name: str) -> None:
@@ -183,11 +178,12 @@ def _reshape(tensors: Tensors, name: str) -> None:
 
 
 @pytest.mark.parametrize("change", [_drop, _rename, _reshape])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", manifests.NAMES)
 def test_one_wrong_entry_is_found(name: str, change: Callable[[Tensors, str], None]) -> None:
     """The check above is no formality: it names the first, a middle and the last tensor."""
     whole = manifests.load(name)
-    for victim in (list(whole)[i] for i in (0, len(whole) // 2, -1)):
+    used = [tensor for tensor in whole if tensor not in _left_out(name)]
+    for victim in (used[i] for i in (0, len(used) // 2, -1)):
         tensors = dict(whole)
         change(tensors, victim)
         with pytest.raises(MismatchError, match=re.escape(victim)):

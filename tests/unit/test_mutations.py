@@ -18,10 +18,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import wan_jax
-from tests.unit.conftest import TINY
-from wan_jax.config import WanConfig
-from wan_jax.weights import checkpoint, dit, miniature, rules, umt5, vae
-from wan_jax.weights.sources import PARTS, open_folder, part_table
+from tests.unit.conftest import TINY_FLF2V
+from wan_jax.config import PARTS, WanConfig
+from wan_jax.weights import checkpoint, clip, dit, miniature, rules, umt5, vae
+from wan_jax.weights.sources import open_folder, part_table
 
 Tensors = dict[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
@@ -30,11 +30,12 @@ FILES = {
     "dit": "transformer/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "umt5": "text_encoder/model.safetensors",
+    "clip": "image_encoder/model.safetensors",
 }
 REFUSED, SAME = "refused", "same"
 
 
-def read(path: Path, parts: tuple[str, ...] = PARTS) -> Arrays:
+def read(path: Path, parts: tuple[str, ...] | None = None) -> Arrays:
     """{part and path: array}, as a conversion to float32 would write them."""
     folder = open_folder(path, parts)
     found = {}
@@ -46,7 +47,7 @@ def read(path: Path, parts: tuple[str, ...] = PARTS) -> Arrays:
 
 
 def outcome(
-    path: Path, wanted: Arrays, *, parts: tuple[str, ...] = PARTS, names: tuple[str, ...] = ()
+    path: Path, wanted: Arrays, *, parts: tuple[str, ...] | None = None, names: tuple[str, ...] = ()
 ) -> str:
     """REFUSED or SAME; fails if the error is no clear one, or what loads is something else.
 
@@ -78,20 +79,20 @@ class Site:
     def files(self) -> list[Path]:
         return sorted(file for file in self.path.rglob("*") if file.is_file())
 
-    def mutate(self, file: Path, data: bytes | None, parts: tuple[str, ...] = PARTS) -> str:
+    def mutate(self, file: Path, data: bytes | None, parts: tuple[str, ...] | None = None) -> str:
         """outcome() with the file's bytes replaced, or the file removed."""
         before = file.read_bytes()
         file.unlink()
         try:
             if data is not None:
                 file.write_bytes(data)
-            wanted = {n: a for n, a in self.wanted.items() if n.split(":")[0] in parts}
+            wanted = {n: a for n, a in self.wanted.items() if n.split(":")[0] in (parts or PARTS)}
             return outcome(self.path, wanted, parts=parts, names=(file.name, file.parent.name))
         finally:
             file.write_bytes(before)
 
     def edit(
-        self, file: Path, change: Callable[[Tensors], Any], parts: tuple[str, ...] = PARTS
+        self, file: Path, change: Callable[[Tensors], Any], parts: tuple[str, ...] | None = None
     ) -> str:
         """outcome() with other tensors in the file."""
         tensors = load_file(file)
@@ -104,13 +105,13 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     path = tmp_path_factory.mktemp("diffusers") / "checkpoint"
-    miniature.write(path, config=TINY, seed=5)
+    miniature.write(path, config=TINY_FLF2V, seed=5)
     return Site(path)
 
 
 def _state(site: Site, part: str, naming: str) -> Tensors:
     arrays = {n.split(": ")[1]: a for n, a in site.wanted.items() if n.startswith(f"{part}: ")}
-    return dict(rules.export(part_table(getattr(TINY, part)), arrays, naming=naming))
+    return dict(rules.export(part_table(getattr(TINY_FLF2V, part)), arrays, naming=naming))
 
 
 def _shard(folder: Path, tensors: Tensors, *, shards: int = 3) -> Path:
@@ -127,16 +128,20 @@ def _shard(folder: Path, tensors: Tensors, *, shards: int = 3) -> Path:
 
 @pytest.fixture(scope="module")
 def original(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """The original layout: a sharded DiT, the others in one file each and without config.json."""
+    """The original layout: a sharded DiT, the others in one file each and without config.json.
+
+    But for CLIP, whose heads no shape shows where they are not as in the released tower.
+    """
     path = tmp_path_factory.mktemp("original") / "checkpoint"
     path.mkdir()
     shutil.copytree(site.path / "tokenizer", path / "google" / "umt5-xxl")
+    shutil.copytree(site.path / "image_encoder", path / "image_encoder")
     _shard(path, _state(site, "dit", "wan"))
     save_file(_state(site, "vae", "wan"), path / "Wan2.1_VAE.safetensors")
     save_file(_state(site, "umt5", "wan"), path / "models_t5_umt5-xxl-enc-bf16.safetensors")
     values = {
-        "model_type": "t2v", "dim": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 2,
-        "in_dim": 16, "out_dim": 16, "freq_dim": 32, "text_len": 512, "eps": 1e-6,
+        "model_type": "flf2v", "dim": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 2,
+        "in_dim": 36, "out_dim": 16, "freq_dim": 32, "text_len": 512, "eps": 1e-6,
     }  # fmt: skip
     (path / "config.json").write_text(json.dumps(values))
     return Site(path)
@@ -151,9 +156,10 @@ PREFIXES = {
 
 @pytest.fixture(scope="module")
 def single(site: Site, original: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """One file with everything, and the DiT's config.json."""
+    """One file with everything but CLIP, and the DiT's config.json."""
     path = tmp_path_factory.mktemp("single") / "checkpoint"
-    shutil.copytree(site.path / "tokenizer", path / "tokenizer")
+    for name in ("tokenizer", "image_encoder"):
+        shutil.copytree(site.path / name, path / name)
     shutil.copy(original.path / "config.json", path)
     tensors = {
         prefix + name: array
@@ -335,7 +341,7 @@ def test_tensors_changed(change: Any, part: str, site: Site) -> None:
         assert found == REFUSED, name
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", PREFIXES)
 @pytest.mark.parametrize("change", CHANGES)
 def test_tensors_changed_where_shapes_are_all(change: Any, part: str, single: Site) -> None:
     """One file for all parts, of which two have no description but their shapes; three each."""
@@ -354,8 +360,9 @@ def test_parts_of_other_sizes(part: str, site: Site, tmp_path: Path) -> None:
         "dit": {"ffn_dim": 96},
         "vae": {"base_dim": 8},
         "umt5": {"ffn_dim": 48},
+        "clip": {"ffn_dim": 48},
     }
-    values = json.loads(TINY.to_json())
+    values = json.loads(TINY_FLF2V.to_json())
     values[part] |= sizes[part]
     miniature.write(tmp_path / "other", config=WanConfig.from_json(json.dumps(values)))
     data = (tmp_path / "other" / FILES[part]).read_bytes()
@@ -432,18 +439,26 @@ def test_characters_lost_in_json(seed: int, site: Site, original: Site) -> None:
             place.mutate(file, data[:at] + bytes([stream.randrange(32, 127)]) + data[at:])
 
 
+IMAGE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+
+
 @pytest.mark.parametrize("value", [None, True, -1, 0, 1.5, "2", [], {}, 10**30])
 def test_sizes_of_another_kind(value: Any, site: Site) -> None:
     described: Mapping[str, dict[str, Any]] = {
-        "dit": dit.config_to_diffusers(TINY.dit),
-        "vae": vae.config_to_diffusers(TINY.vae),
-        "umt5": umt5.config_to_diffusers(TINY.umt5),
+        "dit": dit.config_to_diffusers(TINY_FLF2V.dit),
+        "vae": vae.config_to_diffusers(TINY_FLF2V.vae),
+        "umt5": umt5.config_to_diffusers(TINY_FLF2V.umt5),
+        "clip": clip.config_to_diffusers(TINY_FLF2V.clip),
     }
     counts = {
-        "dit": ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers"),
+        "dit": ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers", *IMAGE),
         "vae": ("base_dim", "z_dim", "num_res_blocks", "dim_mult"),
         "umt5": ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers"),
-    }
+        "clip": (
+            "image_size", "patch_size", "hidden_size", "num_attention_heads", "num_hidden_layers",
+            "intermediate_size",
+        ),
+    }  # fmt: skip
     for part, file in FILES.items():
         config = (site.path / file).with_name("config.json")
         for name in counts[part]:

@@ -16,14 +16,16 @@ import pytest
 
 import wan_jax
 from tests.unit import fake_gcs, fake_hub
-from tests.unit.conftest import TINY
+from tests.unit.conftest import TINY, TINY_I2V
 from tests.unit.test_cli import ROOT, parse
 from wan_jax import jobs, loading
 from wan_jax.tasks import TEXT_TASKS
 from wan_jax.weights import checkpoint, export, remote, trees
-from wan_jax.weights.sources import PARTS, open_folder
+from wan_jax.weights.layouts import CLIP_PTH
+from wan_jax.weights.sources import open_folder
 
 ID = "organisation/tiny-model"
+PARTS = TINY.dit.parts
 GB = 10**9
 
 
@@ -157,7 +159,7 @@ ORIGINAL = {
     "diffusion_pytorch_model.safetensors.index.json", "config.json", "Wan2.1_VAE.pth",
     "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json",
 }  # fmt: skip
-OTHERS = {"README.md", "scheduler/scheduler_config.json", remote.CLIP_PTH, "examples/a.safetensors"}
+OTHERS = {"README.md", "scheduler/scheduler_config.json", CLIP_PTH, "examples/a.safetensors"}
 
 
 @pytest.mark.parametrize("names", [NAMES, ORIGINAL])
@@ -168,7 +170,53 @@ def test_files_of_both_layouts_are_wanted_and_nothing_else(names: set[str]) -> N
 
 
 def test_of_two_layouts_only_one_is_wanted() -> None:
-    assert set(remote.wanted_files(NAMES | ORIGINAL, remote.PARTS, what="it")) == NAMES
+    assert set(remote.wanted_files(NAMES | ORIGINAL, None, what="it")) == NAMES
+
+
+IMAGE = {"image_encoder/model.safetensors", "image_encoder/config.json"}
+
+
+@pytest.mark.parametrize("clip", [IMAGE, {CLIP_PTH}, {CLIP_PTH.replace(".pth", ".safetensors")},
+                                  {"clip_vision/clip_vision_h.safetensors"}])  # fmt: skip
+@pytest.mark.parametrize("names", [NAMES, ORIGINAL])
+def test_the_tower_is_wanted_where_it_is(names: set[str], clip: set[str]) -> None:
+    """And missed only by those who ask for it."""
+    others = OTHERS - {CLIP_PTH} | {"image_processor/preprocessor_config.json"}
+    assert set(remote.wanted_files(names | others, None, what="it")) == names
+    assert set(remote.wanted_files(names | others | clip, None, what="it")) == names | clip
+    found = remote.wanted_files(names | others | clip, PARTS, what="it")
+    assert set(found) == names
+    with pytest.raises(ValueError, match=rf"^it is not .* no image_encoder/.* and no {CLIP_PTH}$"):
+        remote.wanted_files(names | others, ("clip",), what="it")
+
+
+def test_patterns_of_every_part() -> None:
+    """Spelled out: Diffusers, the original and what this project writes of it, ComfyUI."""
+    assert remote._FILES == {
+        "dit": (
+            ("transformer/*.safetensors", "transformer/*.json"),
+            ("diffusion_pytorch_model*.safetensors*", "config.json"),
+            ("diffusion_models/*.safetensors",),
+        ),
+        "vae": (
+            ("vae/*.safetensors", "vae/*.json"),
+            ("Wan2.1_VAE.pth",),
+            ("Wan2.1_VAE.safetensors",),
+        ),
+        "umt5": (
+            ("text_encoder/*.safetensors", "text_encoder/*.json"),
+            ("models_t5_umt5-xxl-enc-bf16.pth",),
+            ("models_t5_umt5-xxl-enc-bf16.safetensors",),
+            ("text_encoders/*.safetensors",),
+        ),
+        "clip": (
+            ("image_encoder/*.safetensors", "image_encoder/*.json"),
+            ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+            ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",),
+            ("clip_vision/*.safetensors",),
+        ),
+        "tokenizer": (("tokenizer/*",), ("google/umt5-xxl/*",)),
+    }
 
 
 def test_what_is_exported_is_wanted(source: Path, tmp_path: Path) -> None:
@@ -183,7 +231,7 @@ def test_what_is_exported_is_wanted(source: Path, tmp_path: Path) -> None:
 def test_parts_choose_the_files() -> None:
     assert remote.wanted_files(ORIGINAL, ("vae",), what="it") == ["Wan2.1_VAE.pth"]
     with_clip = remote.wanted_files(ORIGINAL | OTHERS, ("vae", "clip"), what="it")
-    assert with_clip == ["Wan2.1_VAE.pth", remote.CLIP_PTH]
+    assert with_clip == ["Wan2.1_VAE.pth", CLIP_PTH]
     assert remote.wanted_files(NAMES, ("umt5",), what="it") == [
         "model_index.json", "text_encoder/a.safetensors", "text_encoder/config.json",
         "tokenizer/spiece.model", "tokenizer/tokenizer.json",
@@ -192,9 +240,9 @@ def test_parts_choose_the_files() -> None:
 
 def test_what_is_missing_is_named_before_anything_is_fetched() -> None:
     with pytest.raises(ValueError, match=r"^it is not .* no vae/.* and no Wan2.1_VAE.pth$"):
-        remote.wanted_files({n for n in NAMES if "vae" not in n}, remote.PARTS, what="it")
+        remote.wanted_files({n for n in NAMES if "vae" not in n}, None, what="it")
     with pytest.raises(ValueError, match=r"^it has a second transformer"):
-        remote.wanted_files(NAMES | {"transformer_2/config.json"}, remote.PARTS, what="it")
+        remote.wanted_files(NAMES | {"transformer_2/config.json"}, None, what="it")
 
 
 def test_space_is_asked_for_where_the_folder_will_be(
@@ -223,6 +271,16 @@ def test_hub_brings_what_is_read_once(hub: fake_hub.FakeHub, tmp_path: Path) -> 
     assert remote.download_hub(f"{ID}@{fake_hub.COMMIT}", notify=said.append) == folder
     assert [r.method for r in hub.requests] == ["GET", "GET"]
     assert len(said) == 1
+
+
+def test_hub_brings_the_tower(hub: fake_hub.FakeHub, tiny_i2v_source: Path, tmp_path: Path) -> None:
+    """Also again, when there is no network."""
+    shutil.copytree(tiny_i2v_source, hub.folder, dirs_exist_ok=True)
+    wan = wan_jax.load(ID, cache_dir=tmp_path / "cache", **PLAIN)
+    assert wan.config == TINY_I2V
+    assert {"image_encoder/config.json", "image_encoder/model.safetensors"} < set(hub.fetched())
+    hub.close()
+    assert wan_jax.load(ID, cache_dir=tmp_path / "cache", **PLAIN).config == TINY_I2V
 
 
 def test_hub_brings_the_parts_asked_for(hub: fake_hub.FakeHub) -> None:

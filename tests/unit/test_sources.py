@@ -16,20 +16,21 @@ from safetensors.numpy import load_file, save_file
 import wan_jax
 from tests import manifests
 from tests.unit.conftest import TINY
-from wan_jax.config import RELEASED, UMT5Config, VAEConfig
-from wan_jax.weights import dit, miniature, repacks, rules, trees, umt5, vae
+from wan_jax.config import RELEASED, CLIPConfig, UMT5Config, VAEConfig
+from wan_jax.weights import clip, dit, miniature, repacks, rules, trees, umt5, vae
 from wan_jax.weights.readers import SafetensorsReader
-from wan_jax.weights.sources import DEFAULTS_FILE, PARTS, abstract_part, open_folder, part_table
+from wan_jax.weights.sources import DEFAULTS_FILE, abstract_part, open_folder, part_table
 
 # The one size that no shape shows is that of a head, which has 128 in all that is released.
 WIDE = dataclasses.replace(TINY, dit=dataclasses.replace(TINY.dit, dim=128, num_heads=1))
+PARTS = WIDE.dit.parts
 Tensors = dict[str, np.ndarray]
 # {(part, naming): tensors}, as rules.export gives them
 Checkpoint = Mapping[tuple[str, str], Tensors]
 SPIECE = np.frombuffer(b"a sentencepiece model", np.uint8)
 
 
-def read(path: Path, parts: tuple[str, ...] = PARTS) -> dict[str, Tensors]:
+def read(path: Path, parts: tuple[str, ...] | None = None) -> dict[str, Tensors]:
     """{part: arrays in our layout}, through everything that a conversion goes through."""
     found = {}
     for part, source in open_folder(path, parts).sources.items():
@@ -107,16 +108,19 @@ ORIGINAL = {
     "dit": "diffusion_pytorch_model.safetensors",
     "vae": "Wan2.1_VAE.safetensors",
     "umt5": "models_t5_umt5-xxl-enc-bf16.safetensors",
+    "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
 }
 DIFFUSERS = {
     "dit": "transformer/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "umt5": "text_encoder/model.safetensors",
+    "clip": "image_encoder/model.safetensors",
 }
 COMFY = {
     "dit": "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
     "vae": "vae/wan_2.1_vae.safetensors",
     "umt5": "text_encoders/umt5_xxl_fp16.safetensors",
+    "clip": "clip_vision/clip_vision_h.safetensors",
 }
 VALUES = {
     "diffusers": {
@@ -131,8 +135,13 @@ VALUES = {
 }  # fmt: skip
 
 
+def _of(state: Checkpoint, files: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(part, file) of the parts that a checkpoint has."""
+    return [(part, file) for part, file in files.items() if (part, "wan") in state]
+
+
 def _original(path: Path, state: Checkpoint) -> Path:
-    for part, file in ORIGINAL.items():
+    for part, file in _of(state, ORIGINAL):
         _save(path / file, state[part, "wan"])
     (path / "google").mkdir()
     (path / "tokenizer").rename(path / "google" / "umt5-xxl")
@@ -147,7 +156,7 @@ def _with_config(path: Path, state: Checkpoint) -> Path:
 
 def _sharded(path: Path, state: Checkpoint) -> Path:
     _original(path, state)
-    for part, file in ORIGINAL.items():
+    for part, file in _of(state, ORIGINAL):
         (path / file).unlink()
         _shard(path / file, state[part, "wan"])
     return path
@@ -155,14 +164,14 @@ def _sharded(path: Path, state: Checkpoint) -> Path:
 
 def _bare_diffusers(path: Path, state: Checkpoint) -> Path:
     """Without any config.json, and without the model_index.json that promises them."""
-    for part, file in DIFFUSERS.items():
+    for part, file in _of(state, DIFFUSERS):
         _save(path / file, state[part, "diffusers"])
     return path
 
 
 def _crossed(path: Path, state: Checkpoint) -> Path:
     """Each naming under the other's files, each kind of config.json beside the other's names."""
-    for part, file in DIFFUSERS.items():
+    for part, file in _of(state, DIFFUSERS):
         _save(path / file, state[part, "wan"])
         values = VALUES["diffusers"][part]
         (path / file).with_name("config.json").write_text(json.dumps(values))
@@ -170,7 +179,7 @@ def _crossed(path: Path, state: Checkpoint) -> Path:
 
 
 def _crossed_original(path: Path, state: Checkpoint) -> Path:
-    for part, file in ORIGINAL.items():
+    for part, file in _of(state, ORIGINAL):
         _save(path / file, state[part, "diffusers"])
     (path / "config.json").write_text(json.dumps(VALUES["wan"]))
     return path
@@ -180,6 +189,8 @@ def _comfy(path: Path, state: Checkpoint) -> Path:
     _save(path / COMFY["dit"], state["dit", "wan"])
     _save(path / COMFY["vae"], state["vae", "wan"])
     _save(path / COMFY["umt5"], state["umt5", "diffusers"], {"spiece_model": SPIECE})
+    if ("clip", "diffusers") in state:
+        _save(path / COMFY["clip"], state["clip", "diffusers"])
     return path
 
 
@@ -199,6 +210,8 @@ def _flat(path: Path, state: Checkpoint) -> Path:
     _save(path / "Wan2_1-T2V-1_3B_bf16.safetensors", state["dit", "wan"])
     _save(path / "Wan2_1_VAE_fp32.safetensors", _prefixed("model.", state["vae", "wan"]))
     _save(path / "umt5-xxl-enc-bf16.safetensors", state["umt5", "wan"])
+    if ("clip", "wan") in state:
+        _save(path / "clip_visual_fp16.safetensors", state["clip", "wan"])
     lora = {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": np.zeros((4, 4), np.float32)}
     _save(path / "lora.safetensors", lora)
     return path
@@ -212,6 +225,7 @@ def _one_file(path: Path, state: Checkpoint) -> Path:
         _prefixed("text_encoders.umt5xxl.transformer.", state["umt5", "diffusers"]),
         {"text_encoders.spiece_model": SPIECE},
         {"text_encoders.umt5xxl.logit_scale": np.array(4.6, np.float32)},
+        state.get(("clip", "diffusers"), {}),
     )
 
 
@@ -346,8 +360,9 @@ def test_only_the_parts_asked_for(folder: Path, state: Checkpoint) -> None:
         assert (one.defaults is not None) == (part == "dit")
         with pytest.raises(ValueError, match=r"all\.safetensors was opened without \['"):
             _ = one.config
-    with pytest.raises(ValueError, match=r"no parts \['clip'\]; it has \['dit', 'vae', 'umt5'\]"):
-        open_folder(path, ("dit", "clip"))
+    match = r"no parts \['lora'\]; it has \['dit', 'vae', 'umt5', 'clip'\]"
+    with pytest.raises(ValueError, match=match):
+        open_folder(path, ("dit", "lora"))
     shutil.rmtree(folder / "tokenizer")
     assert open_folder(path, ("dit", "vae")).tokenizer is None
     with pytest.raises(ValueError, match=r"all\.safetensors has no tokenizer/ and no google/"):
@@ -406,7 +421,7 @@ def test_a_tokenizer_of_another_encoder(diffusers: Path, folder: Path, state: Ch
 # What is missing or not one thing.
 
 
-def _fails(path: Path, *messages: str, parts: tuple[str, ...] = PARTS) -> None:
+def _fails(path: Path, *messages: str, parts: tuple[str, ...] | None = None) -> None:
     with pytest.raises(ValueError) as error:
         open_folder(path, parts)
     assert "\n" not in str(error.value)
@@ -500,14 +515,12 @@ def test_other_tasks(prefix: str, folder: Path, state: Checkpoint) -> None:
     bias = np.zeros(128, np.float32)
     wide = {n: np.zeros((128, n, 1, 2, 2), np.float32) for n in (36, 48)}
     for change, words in (
-        ({"img_emb.proj.0.bias": bias}, "is an image-to-video checkpoint"),
-        ({"blocks.0.cross_attn.k_img.bias": bias}, "is an image-to-video checkpoint"),
-        ({"patch_embedding.weight": wide[36]}, "36 input channels"),
+        ({"patch_embedding.weight": wide[36]}, "is a Wan2.2 or Fun checkpoint (its DiT has 36"),
         ({"patch_embedding.weight": wide[48]}, "is a Wan2.2 or control checkpoint"),
         ({"vace_blocks.0.before_proj.bias": bias}, "is a VACE checkpoint"),
     ):
         path = _dit(folder, _prefixed(prefix, tensors | change))
-        words_of_all = ("x.safetensors is a", "only Wan2.1 text-to-video checkpoints are supported")
+        words_of_all = "x.safetensors is a", "first-last-frame checkpoints of Wan2.1 are supported"
         _fails(path, words, *words_of_all, parts=("dit",))
     path = _dit(folder, {"vace_blocks.0.before_proj.bias": bias})
     _fails(path, "is a VACE checkpoint", parts=("dit",))
@@ -740,31 +753,28 @@ def test_a_name_twice_gives_the_last_of_it(tmp_path: Path) -> None:
 # Released checkpoints, from their names and shapes.
 
 CONFIGS = {
-    "t2v_1_3b": RELEASED["t2v-1.3B"].dit,
-    "t2v_14b": RELEASED["t2v-14B"].dit,
+    **{name.lower().replace("-", "_").replace(".", "_"): c.dit for name, c in RELEASED.items()},
     "vae": VAEConfig(),
     "umt5": UMT5Config(),
+    "clip": CLIPConfig(),
 }
 FROM_SHAPES = {
     "dit": dit.config_from_shapes,
     "vae": vae.config_from_shapes,
     "umt5": umt5.config_from_shapes,
+    "clip": clip.config_from_shapes,
 }
 
 
 @pytest.mark.parametrize("name", manifests.NAMES)
 def test_released_checkpoints_are_recognised(name: str) -> None:
     net, naming = name.split(".")
-    part = net if net in PARTS else "dit"
+    part = net if net in FROM_SHAPES else "dit"
     shapes = {tensor: shape for tensor, (shape, _) in manifests.load(name).items()}
     assert repacks.find_claims(shapes) == {part: repacks.Claim(naming, "")}
     for prefix in ("model.", "x."):
         claims = repacks.find_claims([prefix + tensor for tensor in shapes])
-        known = prefix == "model." and part != "umt5"
+        known = prefix == "model." and part not in ("umt5", "clip")
         assert claims == ({part: repacks.Claim(naming, prefix)} if known else {})
-    if net in CONFIGS:
-        assert FROM_SHAPES[part](shapes, naming) == CONFIGS[net]
-        repacks.check_task(shapes, Path("x.safetensors"))
-    else:
-        with pytest.raises(ValueError, match="image-to-video"):
-            repacks.check_task(shapes, Path("x.safetensors"))
+    assert FROM_SHAPES[part](shapes, naming) == CONFIGS[net]
+    repacks.check_task(shapes, Path("x.safetensors"))

@@ -19,11 +19,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import wan_jax
-from tests.unit.conftest import TINY
+from tests.unit.conftest import TINY, TINY_I2V
 from tests.unit.test_cli import ROOT
 from wan_jax import loading
 from wan_jax.weights import checkpoint, folders, trees
-from wan_jax.weights.sources import PARTS, open_folder
+from wan_jax.weights.sources import open_folder
 
 SCRIPT = ROOT / "convert" / "to_orbax.py"
 DIT = "transformer/diffusion_pytorch_model.safetensors"
@@ -49,7 +49,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
     wan = wan_jax.load(path, offload=True)
     return {
         f"{part}.{name}": np.asarray(leaf)
-        for part in PARTS
+        for part in wan.loaders
         for name, leaf in trees.flatten(wan.loaders[part]()).items()
     }
 
@@ -85,15 +85,45 @@ def test_the_script_converts_at_once_or_part_by_part(source: Path, tmp_path: Pat
     ]
 
 
+def test_the_script_converts_what_takes_images(tiny_i2v_source: Path, tmp_path: Path) -> None:
+    """All that there is, if nothing is said; and one part more, where it is missing."""
+    source = str(tiny_i2v_source)
+    done = convert("--src", source, "--dry_run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"^clip: 37 tensors \(diffusers names, float32\) -> 17 arrays \(float16, float32\)",
+        done.stderr,
+        re.MULTILINE,
+    )
+    done = convert("--src", source, "--dst", "whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert wan_jax.load(tmp_path / "whole", offload=True).config == TINY_I2V
+    done = convert("--src", source, "--dst", "whole", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "whole has dit, vae, umt5, clip already; give another name" in done.stderr
+    for parts in ("dit,vae,umt5", "clip"):
+        done = convert("--src", source, "--dst", "parts", "--parts", parts, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        if parts != "clip":
+            with pytest.raises(ValueError, match=r"parts has no clip; add with .*--parts clip"):
+                wan_jax.load(tmp_path / "parts")
+    one, two = arrays(tmp_path / "whole"), arrays(tmp_path / "parts")
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, two[name])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], "--src is missing"),
         (["--src", "source"], "--dst is missing"),
         (["--src", "nowhere", "--dst", "x"], "--src nowhere: "),
+        (["--src", "nano-i2v", "--dst", "x"], "--src nano-i2v: it is made of random numbers"),
         (["--src", "source", "--dst", "source"], "source exists and is no checkpoint"),
         (["--src", "source", "--dst", "/proc/1/x"], "--dst /proc/1/x: /proc/1 is no folder"),
-        (["--src", "source", "--dst", "x", "--parts", "clip"], "--parts has ['clip']"),
+        (["--src", "source", "--dst", "x", "--parts", "lora"], "--parts has ['lora']; some of dit"),
+        (["--src", "source", "--dst", "x", "--parts", "clip"], "has neither image_encoder/ with"),
         (["--src", "source", "--dst", "x", "--parts", ""], "--parts"),
         (["--src", "source", "--dst", "x", "--dtype", "float16"], "--dtype"),
         (["--src", "source/vae", "--dst", "x"], "--src source/vae: "),
@@ -116,7 +146,7 @@ def test_the_manifest_tells_where_everything_came_from(source: Path, tmp_path: P
     save_file(tensors, source / DIT)
     checkpoint.write(open_folder(source), tmp_path / "out", dtype="bfloat16")
     manifest = checkpoint.read_manifest(tmp_path / "out")
-    assert set(manifest["parts"]) == set(PARTS)
+    assert set(manifest["parts"]) == set(TINY.dit.parts)
     entry = manifest["parts"]["dit"]
     data = (source / DIT).read_bytes()
     facts = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
