@@ -20,7 +20,8 @@ from dit import MODELS as T2V_MODELS
 from measure import child, report, save, table, versions
 
 # name: heads, layers, ffn, latent frames, latent height, latent width
-MODELS = {**T2V_MODELS, "i2v-14B": T2V_MODELS["14B"]}
+MODELS = {**T2V_MODELS, "i2v-14B": T2V_MODELS["14B"], "flf2v-14B": T2V_MODELS["14B"]}
+IMAGE_TOKENS = {"i2v-14B": 257, "flf2v-14B": 514}
 
 
 def random_networks(config: Any) -> dict[str, Callable[[], Any]]:
@@ -75,13 +76,14 @@ def run_ours(model: str, steps: int, mp4: str) -> dict[str, Any]:
         tokenizer = load_tokenizer(folder)
     wan = wan_jax.Wan(config, tokenizer, random_networks(config))
     width, height = (8 * side for side in MODELS[model][:-3:-1])
-    image = picture(width, height) if config.images else None
+    image = picture(width, height)
+    images = dict(zip(("image", "last_image"), [image, image[:, ::-1]][: config.images]))
 
     def run(steps: int) -> tuple[cli.Reporter, float]:
         reporter, start = cli.Reporter(), time.perf_counter()
         stream = wan.generate(
             "Two cats box on a spotlit stage.",
-            image=image,
+            **images,
             size=(width, height),
             steps=steps,
             seed=0,
@@ -110,6 +112,8 @@ def diffusers_transformer(model: str, backend: str) -> Any:
 
     heads, layers, ffn, *_ = MODELS[model]
     image = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128 * heads}
+    if model.startswith("flf2v"):
+        image["pos_embed_seq_len"] = IMAGE_TOKENS[model]
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         network = WanTransformer3DModel(
@@ -119,7 +123,7 @@ def diffusers_transformer(model: str, backend: str) -> Any:
             ffn_dim=ffn,
             cross_attn_norm=True,
             rope_max_seq_len=1024,
-            **(image if model.startswith("i2v") else {}),
+            **(image if model in IMAGE_TOKENS else {}),
         )
     torch.set_default_dtype(torch.float32)
     network.eval().requires_grad_(False)
@@ -136,8 +140,10 @@ def run_diffusers(model: str, steps: int, backend: str) -> dict[str, Any]:
     t, h, w = MODELS[model][3:]
     options = {"device": "cuda", "dtype": torch.bfloat16}
     texts = [torch.randn(1, 512, 4096, **options) for _ in range(2)]
-    known = torch.randn(1, 20 if model.startswith("i2v") else 0, t, h, w, **options)
-    tokens = torch.randn(1, 257, 1280, **options) if model.startswith("i2v") else None
+    known = torch.randn(1, 20 if model in IMAGE_TOKENS else 0, t, h, w, **options)
+    tokens = None
+    if model in IMAGE_TOKENS:
+        tokens = torch.randn(1, IMAGE_TOKENS[model], 1280, **options)
 
     def run(steps: int) -> float:
         scheduler = UniPCMultistepScheduler(

@@ -116,7 +116,7 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
 
     def guarded(_: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)  # Orbax tells its own story, errors in pages
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, _terminated)
         more = f"; {advice}" if advice else ""
@@ -124,7 +124,8 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
             main(flags.FLAGS)
         except (ValueError, DivergedError, OSError, RuntimeError) as error:
             if _received:  # a library made another error of the signal's
-                _fail(f"terminated{more}", status=128 + _received[0])
+                word = "interrupted" if _received[0] == signal.SIGINT else "terminated"
+                _fail(f"{word}{more}", status=128 + _received[0])
             # Out of memory is a RuntimeError.
             _fail(str(error), status=2 if isinstance(error, ValueError) else 1)
         except Stopped as error:
@@ -142,7 +143,14 @@ def _terminated(signum: int, frame: Any) -> NoReturn:
     del frame
     # Kept, as some callbacks of JAX swallow what is raised in them: the next progress raises again.
     _received.append(signum)
-    raise Stopped("terminated", signum)  # an exception, so that what is half-written is removed
+    _stop(signum)
+
+
+def _stop(signum: int) -> NoReturn:
+    """Raise, so that what is half-written is removed."""
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Stopped("terminated", signum)
 
 
 def _fail(message: str, *, status: int = 2) -> NoReturn:
@@ -168,7 +176,7 @@ class Reporter:
 
     def __call__(self, progress: Progress) -> None:
         if _received:
-            raise Stopped("terminated", _received[0])
+            _stop(_received[0])
         if progress.done == 0 or self._bar is None:
             in_bytes = progress.stage in ("convert", "download", "upload", "export")
             self._bar = tqdm(

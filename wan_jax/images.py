@@ -115,8 +115,7 @@ def fit(
     black bars: films have those, while grey is what stands for a frame that is not known.
     Raises ValueError for another shape, dtype, size or `how`.
     """
-    if how not in get_args(Fit):
-        raise ValueError(f"fit is {how!r}; accepted: {', '.join(get_args(Fit))}")
+    check_fit(how)
     width, height = size
     _check_whole(height=height, width=width)
     rows, columns = _check_image(image)
@@ -134,6 +133,14 @@ def fit(
         image, height=tall, width=wide
     )
     return padded
+
+
+def check_fit(how: Any) -> Fit:
+    """The same; ValueError unless it is one of Fit."""
+    if how not in get_args(Fit):
+        raise ValueError(f"fit is {how!r}; accepted: {', '.join(get_args(Fit))}")
+    fit: Fit = how
+    return fit
 
 
 def cover(image: np.ndarray, *, height: int, width: int) -> np.ndarray:

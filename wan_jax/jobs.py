@@ -153,8 +153,8 @@ def _request(
     if request.frames != 1 and (values.task or "").startswith("t2i"):
         name = f"{entry.where}: frames" if "frames" in own else "--frame_num"
         raise ValueError(f"{name} is {request.frames}; --task {values.task} makes 1")
-    if request.known:
-        height, width = request.known[0].pixels.shape[:2]
+    if request.images:
+        height, width = request.images[0].pixels.shape[:2]
         found["resolution"] = [width, height]
     return request, found
 
@@ -200,7 +200,7 @@ def _jobs(
 ) -> Iterator[Job]:
     """The videos of one prompt; their outputs are placed later. found: what its images are."""
     given, digest = None, None
-    flagged = tasks.images(values, len(request.known)) | entry.values
+    flagged = tasks.images(values, len(request.images)) | entry.values
     paths = tuple(flagged[name] for name in ("image", "last_image") if name in flagged)
     if values.noise_file is not None:
         with _naming("noise_file", values.noise_file):

@@ -97,7 +97,7 @@ class Wan:
         *,
         image: Any = None,
         last_image: Any = None,
-        fit: Fit = "keep",
+        fit: Fit | None = None,
         negative_prompt: str | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
@@ -115,8 +115,8 @@ class Wan:
         """Videos of the prompts; None takes the checkpoint's own default.
 
         image, last_image: the first and last frame, where the checkpoint takes them: what
-        images.read_image() takes. fit: "keep" takes the first one's aspect ratio and only the area
-        of `size`, as the reference does; "crop" and "pad" make exactly `size` (see images.fit).
+        images.read_image() takes. fit: "keep", the default, takes the first one's aspect ratio and
+        the area of `size`, as the reference; "crop" and "pad" make exactly `size` (images.fit).
         size: (width, height) in pixels, multiples of 16. frames: 4n + 1 pixel frames. steps: 1 to
         1000. guidance: 1 runs a single pass. timesteps: 0..1000, decreasing, in place of the
         solver's schedule. noise: float [b, t, h, w, c] in place of the seed's. Video k of a prompt
@@ -167,7 +167,7 @@ class Wan:
 
     def encode_images(self, request: Request, callback: Callback | None = None) -> Known | None:
         """What the images of a request tell of its videos; None for text to video."""
-        frames = request.known
+        frames = request.images
         if not frames:
             return None
         count, height, width, _ = request.latent_shape
@@ -255,6 +255,12 @@ class Wan:
         an interrupted run of the same request. known: of encode_images(request). Raises
         sampler.DivergedError naming the step at which latents became NaN or infinite.
         """
+        wanted = request.latent_shape[:3] if request.images else None
+        given = None if known is None else known.channels.shape[1:4]
+        if given != wanted:
+            raise ValueError(
+                f"known is of a video of shape {given}; [t, h, w] = {wanted} is needed"
+            )
         done = start.done if isinstance(start, sampler.Carry) else 0
         if isinstance(start, sampler.Carry):
             start = start._replace(state=jax.tree.map(_commit, start.state))

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wan_jax import images, noise
+from wan_jax import noise
 from wan_jax.config import WanConfig
+from wan_jax.images import Fit, Frame, check_fit, known_frames, read_image
 from wan_jax.schedulers import Schedule, make_schedule
 
 _KINDS = ("a video of a text", "a video of a text and an image", "a video between two images")
@@ -19,7 +20,7 @@ _MAX_SIDE = 1024
 class Request(NamedTuple):
     """A checked set of arguments of generate(), with every default filled in.
 
-    size: (width, height) as asked for. known: the frames that are known, at the size of the video,
+    size: (width, height) as asked for. images: the frames that are known, at the size of the video,
     which need not be the one asked for.
     """
 
@@ -27,7 +28,7 @@ class Request(NamedTuple):
     negative: str
     size: tuple[int, int]
     frames: int
-    known: tuple[images.Frame, ...]
+    images: tuple[Frame, ...]
     latent_shape: tuple[int, int, int, int]
     schedule: Schedule
     guidance: float
@@ -46,7 +47,7 @@ def make_request(
     *,
     image: Any = None,
     last_image: Any = None,
-    fit: images.Fit = "keep",
+    fit: Fit | None = None,
     negative_prompt: str | None = None,
     size: tuple[int, int] | None = None,
     frames: int | None = None,
@@ -77,7 +78,7 @@ def make_request(
         negative=negative,
         size=(width, height),
         frames=int(frames),
-        known=(),
+        images=(),
         latent_shape=shape,
         schedule=make_schedule(
             _chosen(solver, defaults.solver),
@@ -90,7 +91,8 @@ def make_request(
         num_videos=_integer("num_videos", num_videos, low=1),
     )
     sources = {"image": image, "last_image": last_image}
-    return _with_images(request, config, sources, fit)  # last, for reading takes longest
+    how = check_fit(_chosen(fit, "keep"))
+    return _with_images(request, config, sources, how)  # last, for reading takes longest
 
 
 def _chosen(given: Any, default: Any) -> Any:
@@ -109,7 +111,7 @@ def _texts(prompt: Any, negative: Any) -> tuple[tuple[str, ...], str]:
 
 
 def _with_images(
-    request: Request, config: WanConfig, sources: Mapping[str, Any], fit: images.Fit
+    request: Request, config: WanConfig, sources: Mapping[str, Any], fit: Fit
 ) -> Request:
     """The request with its known frames; ValueError unless the images are those that it needs."""
     needed = list(sources)[: config.images]
@@ -122,16 +124,19 @@ def _with_images(
     if len(needed) == 2 and request.frames == 1:
         stride = config.vae.temporal_stride
         raise ValueError(f"frames is 1; a first and a last frame need {1 + stride} or more")
-    known = images.known_frames(
-        [images.read_image(sources[name], name=name) for name in needed],
+    frames = known_frames(
+        [read_image(sources[name], name=name) for name in needed],
         request.size,
         fit,
         side=config.clip.image_size,
         multiple=config.size_multiple,
     )
-    rows, columns = (side // config.vae.spatial_stride for side in known[0].pixels.shape[:2])
+    height, width = frames[0].pixels.shape[:2]
+    _check_sides(config, (width, height), "image makes a video of size")
+    stride = config.vae.spatial_stride
     t, _, _, channels = request.latent_shape
-    return request._replace(known=known, latent_shape=(t, rows, columns, channels))
+    shape = t, height // stride, width // stride, channels
+    return request._replace(images=frames, latent_shape=shape)
 
 
 def latent_shape(config: WanConfig, *, size: Any, frames: Any) -> tuple[int, int, int, int]:
@@ -145,11 +150,15 @@ def latent_shape(config: WanConfig, *, size: Any, frames: Any) -> tuple[int, int
         raise ValueError(f"size is {size}; width and height in multiples of {multiple} are needed")
     if not _is_integer(frames) or frames < 1 or (frames - 1) % stride:
         raise ValueError(f"frames is {frames}; {stride}n + 1 is needed: 1, {stride + 1}, ...")
-    longest = _MAX_SIDE * multiple
-    if max(sides) > longest:
-        raise ValueError(f"size is {size}; sides up to {longest} are possible")
+    _check_sides(config, sides, "size is")
     width, height = (int(n) // config.vae.spatial_stride for n in sides)
     return 1 + (int(frames) - 1) // stride, height, width, config.vae.z_dim
+
+
+def _check_sides(config: WanConfig, size: tuple[int, ...], what: str) -> None:
+    longest = _MAX_SIDE * config.size_multiple
+    if max(size) > longest:
+        raise ValueError(f"{what} {size}; sides up to {longest} are possible")
 
 
 def check_noise(noise_bthwc: Any, shape: tuple[int, ...]) -> np.ndarray:

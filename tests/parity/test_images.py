@@ -1,19 +1,11 @@
 """Images and conditioning against torch: the reference's own operations, written anew."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from tests import tolerances
-from tests.random_weights import random_array
-from wan_jax import conditioning, images, vae
-from wan_jax.config import VAEConfig
-from wan_jax.weights import trees
+from wan_jax import conditioning, images
 
 torch = pytest.importorskip("torch")
 
@@ -78,52 +70,6 @@ def test_plain_files_give_the_references_numbers(tmp_path, mode, ending):
     np.testing.assert_array_equal(images.read_image(path), expected)
 
 
-def torch_mask(frames, height, width, last):
-    """The reference's steps on [1, F, h, w]; gives [4, T, h, w]."""
-    known = torch.zeros(1, frames, height, width)
-    known[:, 0] = 1
-    if last:
-        known[:, -1] = 1
-    head = known[:, :1].repeat_interleave(4, dim=1)
-    grouped = torch.cat([head, known[:, 1:]], dim=1).reshape(1, -1, 4, height, width)
-    return grouped.transpose(1, 2)[0]
-
-
-@pytest.mark.parametrize("frames", [1, 5, 17, 81])
-@pytest.mark.parametrize("last", [False, True])
-def test_mask_is_the_references(frames, last):
-    expected = torch_mask(frames, 3, 5, last).permute(1, 2, 3, 0)[None].numpy()
-    mask = conditioning.mask_bthwc(frames, height=3, width=5, last=last)
-    np.testing.assert_array_equal(mask, expected)
-
-
-@functools.cache
-def tiny_vae():
-    config = VAEConfig(base_dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
-    module = trees.abstract(lambda: vae.VAE(config, rngs=nnx.Rngs(0)))
-    leaves = trees.flatten(module)
-    arrays = {name: jnp.asarray(random_array(name, leaf.shape)) for name, leaf in leaves.items()}
-    return trees.fill(module, arrays)
-
-
-@functools.cache
-def programs():
-    return tuple(jax.jit(step) for step in (vae.encode_first, vae.encode_next))
-
-
-def encode(chunks, height, width):
-    """Latents of a video in chunks, by the streaming encoder."""
-    network = tiny_vae()
-    encode_first, encode_next = programs()
-    state = vae.encoder_state(network.config, 1, height=height // 8, width=width // 8)
-    latents = []
-    for k, chunk in enumerate(chunks):
-        step = encode_next if k else encode_first
-        part, state = step(network, chunk, state)
-        latents.append(np.asarray(part))
-    return np.concatenate(latents, 1)
-
-
 def conditions(shape, frames, last):
     """The reference's video of random images, ours in chunks, and height and width of both."""
     rng = np.random.default_rng(1)
@@ -145,14 +91,3 @@ def test_the_video_to_encode_is_the_references(shape, frames, last):
     video, chunks, _, _ = conditions(shape, frames, last)
     distance = np.abs(np.concatenate(chunks, 1) - video).max()
     assert distance <= tolerances.IMAGE_RESIZE
-
-
-@pytest.mark.parametrize("shape", [(720, 1280), (333, 1000)])
-def test_its_latents_are_the_references(shape):
-    for last in (False, True):
-        video, chunks, height, width = conditions(shape, 17, last)
-        pieces = np.split(video, [1, 9], axis=1)
-        expected = encode(pieces, height, width)
-        latents = encode(chunks, height, width)
-        assert latents.shape == expected.shape == (1, 5, height // 8, width // 8, 16)
-        assert np.abs(latents - expected).max() <= tolerances.CONDITIONING_LATENTS

@@ -231,7 +231,7 @@ def test_an_image_that_changes_is_read_again() -> None:
     Path("b.jpg").rename("a.png")
     after = plan("--image", "a.png")
     assert before.settings["image_sha256"] != after.settings["image_sha256"]
-    assert before.request.known[0].pixels.shape != after.request.known[0].pixels.shape
+    assert before.request.images[0].pixels.shape != after.request.images[0].pixels.shape
 
 
 @pytest.fixture

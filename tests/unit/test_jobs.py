@@ -135,6 +135,20 @@ def test_an_image_is_one_frame(checkpoint: str) -> None:
         plan("--task", "t2i-14B", "--ckpt_dir", checkpoint, "--frame_num", "5")
 
 
+@pytest.mark.parametrize("size", ["720*1280", "1280*720", "480*832", "832*480", "1024*1024"])
+def test_several_images_of_every_size(
+    size: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--task", "t2i-14B", "--ckpt_dir", checkpoint, "--size", size, "--num_videos", "3"]
+    made = plans(*line).jobs
+    assert "warning" not in capsys.readouterr().err
+    width, height = map(int, size.split("*"))
+    assert {job.request.latent_shape for job in made} == {(1, height // 8, width // 8, 16)}
+    assert [job.settings["video"] for job in made] == [0, 1, 2]
+    assert {job.output.suffix for job in made} == {".png"}
+    assert len({job.output for job in made}) == 3
+
+
 @pytest.mark.parametrize("text", ["config = 5", 'config = {"sizes": 5}', "", "config = {"])
 def test_a_broken_config_file_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(text)
