@@ -19,7 +19,7 @@ from wan_jax.tasks import IMAGE_TASKS
 
 def main(values: flags.FlagValues) -> None:
     """Check everything, then run."""
-    runner.execute(values, jobs.plan(values, Path(__file__).parent / "configs", IMAGE_TASKS))
+    runner.execute(values, jobs.plan(values, Path(__file__).parent / "configs"))
 
 
 if __name__ == "__main__":

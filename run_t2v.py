@@ -16,7 +16,7 @@ from wan_jax.tasks import TEXT_TASKS
 
 def main(values: flags.FlagValues) -> None:
     """Check everything, then run."""
-    runner.execute(values, jobs.plan(values, Path(__file__).parent / "configs", TEXT_TASKS))
+    runner.execute(values, jobs.plan(values, Path(__file__).parent / "configs"))
 
 
 if __name__ == "__main__":

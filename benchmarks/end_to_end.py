@@ -75,7 +75,8 @@ def run_ours(model: str, steps: int, mp4: str) -> dict[str, Any]:
         write_byte_tokenizer(folder)
         tokenizer = load_tokenizer(folder)
     wan = wan_jax.Wan(config, tokenizer, random_networks(config))
-    width, height = (8 * side for side in MODELS[model][:-3:-1])
+    *_, h, w = MODELS[model]
+    width, height = 8 * w, 8 * h
     image = picture(width, height)
     images = dict(zip(("image", "last_image"), [image, image[:, ::-1]][: config.images]))
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from wan_jax import loading
-from wan_jax.images import Fit
+from wan_jax.fitting import Fit
 from wan_jax.pipeline import Progress
 from wan_jax.sampler import DivergedError
 from wan_jax.schedulers import SOLVERS
@@ -109,7 +110,10 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
         try:
             rest = flags.FLAGS(list(arguments))
         except flags.Error as error:
-            _fail(str(error).splitlines()[0])
+            text = str(error).splitlines()[0]
+            if re.search("'(image|first_frame|last_frame)'", text):
+                text += "; run_i2v.py takes images"
+            _fail(text)
         if rest[1:]:
             _fail(f"{rest[1]!r} is not a flag; texts with spaces need quotes")
         return rest
@@ -122,12 +126,12 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
         more = f"; {advice}" if advice else ""
         try:
             main(flags.FLAGS)
-        except (ValueError, DivergedError, OSError, RuntimeError) as error:
+        except (ValueError, DivergedError, OSError, RuntimeError, MemoryError) as error:
             if _received:  # a library made another error of the signal's
                 word = "interrupted" if _received[0] == signal.SIGINT else "terminated"
                 _fail(f"{word}{more}", status=128 + _received[0])
-            # Out of memory is a RuntimeError.
-            _fail(str(error), status=2 if isinstance(error, ValueError) else 1)
+            # A device without memory raises a RuntimeError.
+            _fail(str(error) or "no memory left", status=2 if isinstance(error, ValueError) else 1)
         except Stopped as error:
             _fail(f"{error}{more}", status=error.status)
         except KeyboardInterrupt:

@@ -37,22 +37,18 @@ def pixel_chunks(
     *,
     frames: int,
     last: np.ndarray | None = None,
-    chunk: int = 1,
     stride: int = STRIDE,
 ) -> Iterator[np.ndarray]:
-    """The video to encode, in the chunks of vae.encode_first and vae.encode_next.
+    """The video to encode, one latent frame at a time: for vae.encode_first and vae.encode_next.
 
     first, last: float32 [y, x, 3] at the video's size, in [-1, 1] but for overshoot, which stays.
-    frames: pixel frames, 4n + 1. chunk: latent frames at a time. Yields float32 [1, 1, y, x, 3],
-    the first frame, then [1, 4 * chunk, y, x, 3], the final one shorter if need be: 0, mid-grey,
-    for what is not known, and the last frame at the end. Grey chunks are one and the same array,
-    not writeable, so a video is never whole in memory.
-    Raises ValueError, at once, for another number of frames or chunk, shapes or dtypes that do not
-    fit, and a last frame in a video of one.
+    frames: pixel frames, 4n + 1. Yields float32 [1, 1, y, x, 3], the first frame, then n times
+    [1, 4, y, x, 3]: 0, mid-grey, for what is not known, and the last frame at the end. Grey chunks
+    are one and the same array, not writeable, so a video is never whole in memory.
+    Raises ValueError, at once, for another number of frames, shapes or dtypes that do not fit, and
+    a last frame in a video of one.
     """
     _check_frames(frames, stride)
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; a positive number of latent frames is needed")
     if last is not None and frames == 1:
         raise ValueError(f"frames is 1; first and last frame need {1 + stride} or more")
     for name, image in (("first", first), ("last", last)):
@@ -68,22 +64,22 @@ def pixel_chunks(
                 f"the last frame has shape {image.shape}; that of the first, {first.shape}, is "
                 "needed"
             )
-    return _chunks(first, last, (frames - 1) // stride, chunk, stride)
+    return _chunks(first, last, (frames - 1) // stride, stride)
 
 
 def _chunks(
-    first: np.ndarray, last: np.ndarray | None, count: int, chunk: int, stride: int
+    first: np.ndarray, last: np.ndarray | None, count: int, stride: int
 ) -> Iterator[np.ndarray]:
     """The first frame, then `count` latent frames' worth of grey that may end in the last frame."""
     yield first[None, None]
-    grey = np.zeros((1, min(chunk, count) * stride, *first.shape), np.float32)
+    grey = np.zeros((1, stride, *first.shape), np.float32)
     grey.flags.writeable = False
-    for start in range(0, count, chunk):
-        piece = grey[:, : min(chunk, count - start) * stride]
-        if last is not None and start + chunk >= count:
-            piece = piece.copy()
-            piece[0, -1] = last
-        yield piece
+    for _ in range(count if last is None else count - 1):
+        yield grey
+    if last is not None:
+        final = grey.copy()
+        final[0, -1] = last
+        yield final
 
 
 def _check_frames(frames: int, stride: int) -> None:

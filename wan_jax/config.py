@@ -29,6 +29,7 @@ NEGATIVE_PROMPT = (
 I2V_NEGATIVE_PROMPT = f"镜头晃动，{NEGATIVE_PROMPT}"
 FLF2V_NEGATIVE_PROMPT = f"镜头切换，{I2V_NEGATIVE_PROMPT}"
 
+KINDS = ("t2v", "i2v", "flf2v")  # of checkpoints, by the number of images that they take
 PARTS = ("dit", "vae", "umt5", "clip")  # the networks of a checkpoint; the last with images only
 
 
@@ -372,4 +373,4 @@ def default_settings(dit: DiTConfig) -> Defaults:
     for released in RELEASED.values():
         if released.dit == dit:
             return released.defaults
-    return (T2V_14B, I2V_14B, FLF2V_14B)[dit.images].defaults
+    return RELEASED[f"{KINDS[dit.images]}-14B"].defaults

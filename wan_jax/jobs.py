@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import datetime
-import functools
 import hashlib
+import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from wan_jax import images, loading, media, noise_file, outputs, tasks
@@ -32,11 +31,11 @@ class Plan:
     skipped: tuple[Path, ...]
 
 
-def plan(values: flags.FlagValues, configs: Path, names: Collection[str]) -> Plan:
+def plan(values: flags.FlagValues, configs: Path) -> Plan:
     """Check every flag against the checkpoint before anything slow starts.
 
-    configs: the folder of the tasks' settings. names: the script's tasks. Raises ValueError naming
-    the flag, its value and what would be accepted.
+    configs: the folder of the tasks' settings. Raises ValueError naming the flag, its value and
+    what would be accepted.
     """
     _check_unsupported(values)
     settings = tasks.settings(values, configs)
@@ -46,27 +45,36 @@ def plan(values: flags.FlagValues, configs: Path, names: Collection[str]) -> Pla
         if folder is not None and not (flag == "cache_dir" and remote.is_bucket(folder)):
             with _naming(flag, folder):
                 folders.check_writable(Path(folder))
-    path = values.ckpt_dir
-    elsewhere = path is not None and not Path(path).exists() and not loading.built_in(path)
-    likely = tasks.likely(values, names)
-    if elsewhere:
-        # What is wrong in any case is said before gigabytes are downloaded.
-        _placed(values, _all_jobs(values, likely, settings, found), digest=None)
-    source, digest = tasks.miniature(values, names), None
-    with _naming("ckpt_dir", path):
-        if path is not None:
-            parts = likely.dit.parts if likely.images else None  # no other has them all
+    if values.ckpt_dir is not None and not Path(values.ckpt_dir).exists():
+        _check_elsewhere(values, settings, found)
+    source, digest = tasks.miniature(values, found), None
+    with _naming("ckpt_dir", values.ckpt_dir):
+        if values.ckpt_dir is not None:
             source = loading.fetch(
-                path, parts=parts, cache_dir=values.cache_dir, callback=Reporter(), notify=say
+                values.ckpt_dir, cache_dir=values.cache_dir, callback=Reporter(), notify=say
             )
         config = loading.read_config(source)
         if values.skip_existing:
             digest = loading.known_digest(source, dtype=values.dtype, cache_dir=values.cache_dir)
-    tasks.check_checkpoint(values, config, names)
+    tasks.check_checkpoint(values, config.images)
     jobs = _all_jobs(values, config, settings, found)
     _warn(settings, jobs)
     placed, skipped = _placed(values, jobs, digest=digest)
     return Plan(source, config, tuple(placed), tuple(skipped))
+
+
+def _check_elsewhere(
+    values: flags.FlagValues, settings: Mapping[str, Any], found: Sequence[Entry]
+) -> None:
+    """Say what is wrong in any case before gigabytes are downloaded."""
+    if loading.built_in(values.ckpt_dir) is not None:
+        return
+    count = loading.images_elsewhere(values.ckpt_dir)
+    if count is None:
+        config = tasks.likely(values, found)
+    else:
+        config = tasks.check_checkpoint(values, count)
+    _placed(values, _all_jobs(values, config, settings, found), digest=None)
 
 
 def _all_jobs(
@@ -160,30 +168,16 @@ def _request(
 
 
 def _open_images(arguments: dict[str, Any], values: flags.FlagValues) -> dict[str, Any]:
-    """Put pixels in the place of paths; gives what tells the images apart, as JSON."""
+    """Put pictures in the place of paths; gives what tells the images apart, as JSON."""
     found: dict[str, Any] = {}
     for name in ("image", "last_image"):
-        path = arguments.get(name)
-        if path is None:
-            continue
-        if not Path(path).is_file():
-            images.read_image(path, name=name)  # says what is wrong
-        try:
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        except OSError as error:
-            raise ValueError(f"{name} {path!r} cannot be read: {error.strerror}") from error
-        arguments[name] = _image(path, name, digest)
-        found |= {f"{name}_sha256": digest}
+        if name in arguments:
+            arguments[name] = images.open_picture(arguments[name], name=name)
+            found[f"{name}_sha256"] = arguments[name].sha256
     if found:
         arguments.setdefault("fit", values.fit)
         found["fit"] = arguments["fit"]
     return found
-
-
-@functools.lru_cache(maxsize=2)  # many prompts may have one image; all images may be too many
-def _image(path: str, name: str, digest: str) -> np.ndarray:
-    del digest  # another file of this name is another image
-    return images.read_image(path, name=name)
 
 
 def _name_flag(message: str, count: int) -> str:
@@ -241,6 +235,7 @@ def _placed(
     now = datetime.datetime.now()
     taken: set[Path] = set()
     placed, skipped = [], []
+    inputs = {os.path.realpath(path) for job in jobs for path in job.images}
     seeds: dict[int, int] = {}  # drawn before, for videos of the same prompt
     for number, job in enumerate(jobs):
         with _naming("save_file", job.save_file or values.save_file or "by default"):
@@ -250,6 +245,8 @@ def _placed(
             media.check_output(where.path, frames, size=size)
             outputs.check_record(where.path, frames)
         target = outputs.target(where.path, frames)
+        if os.path.realpath(target) in inputs:
+            raise ValueError(f"--save_file {where.path} is an image to read; give another name")
         found = None
         if values.skip_existing:
             found = outputs.finished(where, job, taken, checkpoint=values.ckpt_dir, digest=digest)

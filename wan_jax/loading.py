@@ -17,7 +17,7 @@ import jax
 from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
 from wan_jax.tokenizer import load_tokenizer
-from wan_jax.weights import checkpoint, folders, miniature, remote
+from wan_jax.weights import checkpoint, dit, folders, miniature, remote
 from wan_jax.weights.hashes import FileHashes
 from wan_jax.weights.sources import Folder, open_folder
 
@@ -156,6 +156,15 @@ def fetch(
         f"{local} does not exist; needed is a checkpoint's folder or .safetensors file, a hub id "
         f"such as {remote.EXAMPLE}, or a gs:// path"
     )
+
+
+def images_elsewhere(path: str | os.PathLike[str]) -> int | None:
+    """How many images a checkpoint on the hub or in a bucket takes, by its config.json alone.
+
+    None if that cannot be told; then, or when something is wrong, fetch() will.
+    """
+    values = remote.peek(os.fspath(path))
+    return None if values is None else dit.images_of(values)
 
 
 def read_config(path: Any) -> WanConfig:

@@ -17,7 +17,7 @@ from wan_jax import clip, conditioning, sampler, streaming, tokenizer, umt5, xla
 from wan_jax import noise as noise_module
 from wan_jax.config import WanConfig
 from wan_jax.dit import Cond, DiT
-from wan_jax.images import Fit
+from wan_jax.fitting import Fit
 from wan_jax.request import Request, check_noise, make_request
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Wan:
 
         image, last_image: the first and last frame, where the checkpoint takes them: what
         images.read_image() takes. fit: "keep", the default, takes the first one's aspect ratio and
-        the area of `size`, as the reference; "crop" and "pad" make exactly `size` (images.fit).
+        the area of `size`, as the reference; "crop" and "pad" make exactly `size` (fitting.fit).
         size: (width, height) in pixels, multiples of 16. frames: 4n + 1 pixel frames. steps: 1 to
         1000. guidance: 1 runs a single pass. timesteps: 0..1000, decreasing, in place of the
         solver's schedule. noise: float [b, t, h, w, c] in place of the seed's. Video k of a prompt

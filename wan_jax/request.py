@@ -1,5 +1,6 @@
 """What a user asks of a checkpoint, checked and with every default filled in."""
 
+import functools
 import numbers
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,8 @@ import numpy as np
 
 from wan_jax import noise
 from wan_jax.config import WanConfig
-from wan_jax.images import Fit, Frame, check_fit, known_frames, read_image
+from wan_jax.fitting import Fit, Frame, check_fit, known_frames
+from wan_jax.images import Picture, read_image
 from wan_jax.schedulers import Schedule, make_schedule
 
 _KINDS = ("a video of a text", "a video of a text and an image", "a video between two images")
@@ -124,13 +126,13 @@ def _with_images(
     if len(needed) == 2 and request.frames == 1:
         stride = config.vae.temporal_stride
         raise ValueError(f"frames is 1; a first and a last frame need {1 + stride} or more")
-    frames = known_frames(
-        [read_image(sources[name], name=name) for name in needed],
-        request.size,
-        fit,
-        side=config.clip.image_size,
-        multiple=config.size_multiple,
-    )
+    given = [sources[name] for name in needed]
+    settings = request.size, fit, config.clip.image_size, config.size_multiple
+    if all(isinstance(source, Picture) for source in given):
+        frames = _fitted_pictures(tuple(given), *settings)
+    else:
+        whole = [read_image(source, name=name) for source, name in zip(given, needed, strict=True)]
+        frames = known_frames(whole, *settings)
     height, width = frames[0].pixels.shape[:2]
     _check_sides(config, (width, height), "image makes a video of size")
     stride = config.vae.spatial_stride
@@ -153,6 +155,14 @@ def latent_shape(config: WanConfig, *, size: Any, frames: Any) -> tuple[int, int
     _check_sides(config, sides, "size is")
     width, height = (int(n) // config.vae.spatial_stride for n in sides)
     return 1 + (int(frames) - 1) // stride, height, width, config.vae.z_dim
+
+
+# Many prompts may have one image.
+@functools.lru_cache(maxsize=8)
+def _fitted_pictures(
+    pictures: tuple[Picture, ...], size: tuple[int, int], fit: Fit, side: int, multiple: int
+) -> tuple[Frame, ...]:
+    return known_frames([read_image(p) for p in pictures], size, fit, side, multiple)
 
 
 def _check_sides(config: WanConfig, size: tuple[int, ...], what: str) -> None:

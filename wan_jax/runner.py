@@ -65,7 +65,8 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
 
 def _runs(values: flags.FlagValues, wan: wan_jax.Wan, jobs: Sequence[Job]) -> list["_Run"]:
     """The runs of jobs; videos of a prompt whose drawn seed a state tells get that seed too."""
-    runs = [_Run(values, wan, job) for job in jobs]
+    images = _Images(wan)
+    runs = [_Run(values, wan, job, images) for job in jobs]
     seeds = {run.job.prompt: run.saved.seed for run in runs if run.saved is not None}
     for run in runs:
         run.job = run.job.with_seed(seeds.get(run.job.prompt))
@@ -128,14 +129,35 @@ def _make(
     say(f"saved {media.output_path(job.output, job.settings['frames'])}")
 
 
+class _Images:
+    """What the images of a job tell, kept for those after it that have the same."""
+
+    def __init__(self, wan: wan_jax.Wan) -> None:
+        self._wan = wan
+        self._key: tuple[Any, ...] = ()
+        self._known: pipeline.Known | None = None
+
+    def encode(self, job: Job, report: Reporter) -> pipeline.Known | None:
+        """As Wan.encode_images()."""
+        names = ("image_sha256", "last_image_sha256", "fit", "resolution", "frames")
+        key = tuple(str(job.settings.get(name)) for name in names)
+        if key != self._key:
+            self._known = None  # before the next one takes as much
+            self._known, self._key = self._wan.encode_images(job.request, report), key
+        return self._known
+
+
 class _Run:
     """One job from noise to latents, and its state on disk where --resume_dir is given.
 
     Raises ValueError if there is a state and it is damaged.
     """
 
-    def __init__(self, values: flags.FlagValues, wan: wan_jax.Wan, job: Job) -> None:
+    def __init__(
+        self, values: flags.FlagValues, wan: wan_jax.Wan, job: Job, images: _Images
+    ) -> None:
         self.job, self.wan = job, wan
+        self._images = images
         self.saved: resume.Saved | None = None
         self._values = values
         self._carry: Carry | None = None
@@ -175,7 +197,7 @@ class _Run:
                     step = f"stopped after step {progress.done} of {progress.total}"
                     raise Stopped(step, signals[0])
 
-        known = self.wan.encode_images(self.job.request, report)
+        known = self._images.encode(self.job, report)
         with _held_back(active=self._store is not None) as signals:
             latents = self.wan.denoise(
                 self.job.request, np.stack(contexts), start, on_progress, known=known

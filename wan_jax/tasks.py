@@ -1,20 +1,33 @@
 """What --task means: the checkpoint that it is for, its settings, and where to download it."""
 
 import ast
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from wan_jax.config import RELEASED, WanConfig
-from wan_jax.prompts import parse_size
+from wan_jax.config import KINDS, RELEASED, WanConfig
+from wan_jax.prompts import Entry, parse_size
 
 SETTINGS = ("negative_prompt", "size", "frames", "steps", "shift", "guidance", "solver")
 _480P = ((832, 480), (480, 832))
-_KINDS = ("a text-to-video", "an image-to-video", "a first-and-last-frame")
-_SCRIPTS = ("run_t2v.py", "run_i2v.py", "run_i2v.py")
-_IMAGE_FLAGS: tuple[tuple[str, ...], ...] = ((), ("image",), ("first_frame", "last_frame"))
+
+
+class _Kind(NamedTuple):
+    """A kind of checkpoint: what errors call it, its script, and the flags of its images."""
+
+    title: str
+    script: str
+    flags: tuple[str, ...]
+
+
+_KINDS = (  # by the number of images
+    _Kind("a text-to-video", "run_t2v.py", ()),
+    _Kind("an image-to-video", "run_i2v.py", ("image",)),
+    _Kind("a first-and-last-frame", "run_i2v.py", ("first_frame", "last_frame")),
+)
+_SOURCES = ("image", "last_image")  # the library's names of what the flags of a kind give
 
 
 class Task(NamedTuple):
@@ -57,38 +70,50 @@ def chosen(values: flags.FlagValues) -> Task | None:
     return _TASKS[values.task]
 
 
-def likely(values: flags.FlagValues, tasks: Collection[str]) -> WanConfig:
-    """What the checkpoint will be, as far as the flags tell; tasks: those of the script."""
+def takes_images(values: flags.FlagValues) -> bool:
+    """Whether these are the flags of the script that takes images."""
+    return "image" in values
+
+
+def likely(values: flags.FlagValues, entries: Sequence[Entry]) -> WanConfig:
+    """What the checkpoint will be, as far as the flags and the prompts tell."""
     task = chosen(values)
-    if task is not None:
-        return task.network
-    return RELEASED["t2v-14B" if "t2v-14B" in tasks else f"{_image_kind(values)}-14B"]
+    return _released(_images_given(values, entries)) if task is None else task.network
 
 
-def miniature(values: flags.FlagValues, tasks: Collection[str]) -> str | None:
+def _released(count: int) -> WanConfig:
+    return RELEASED[f"{KINDS[count]}-14B"]
+
+
+def miniature(values: flags.FlagValues, entries: Sequence[Entry]) -> str | None:
     """What to load without a checkpoint; None is load()'s own choice, text to video."""
-    return None if "t2v-14B" in tasks else f"nano-{_image_kind(values)}"
+    count = _images_given(values, entries)
+    return f"nano-{KINDS[count]}" if count else None
 
 
-def _image_kind(values: flags.FlagValues) -> str:
-    """i2v or flf2v, by the images given."""
-    return "i2v" if values.first_frame is None and values.last_frame is None else "flf2v"
+def _images_given(values: flags.FlagValues, entries: Sequence[Entry]) -> int:
+    """How many images a video is to be made of, before the checkpoint is known."""
+    if not takes_images(values):
+        return 0
+    given = values.first_frame, values.last_frame, *(e.values.get("last_image") for e in entries)
+    return 1 if all(path is None for path in given) else 2
 
 
-def check_checkpoint(values: flags.FlagValues, config: WanConfig, tasks: Collection[str]) -> None:
-    """Raise ValueError for a checkpoint of another kind than the script or --task is for."""
-    path, kind = values.ckpt_dir, _KINDS[config.images]
-    able = {_TASKS[name].network.images for name in tasks}
-    if config.images not in able:
-        script = _SCRIPTS[config.images]
-        raise ValueError(f"--ckpt_dir {path} is {kind} checkpoint; {script} runs those")
+def check_checkpoint(values: flags.FlagValues, count: int) -> WanConfig:
+    """The released checkpoint of the kind that takes so many images.
+
+    Raises ValueError if the script or --task is for another kind.
+    """
+    path, kind = values.ckpt_dir, _KINDS[count]
+    if takes_images(values) != (count > 0):
+        raise ValueError(f"--ckpt_dir {path} is {kind.title} checkpoint; {kind.script} runs those")
     task = chosen(values)
-    if task is not None and task.network.images != config.images:
-        fits = next(name for name in tasks if _TASKS[name].network.images == config.images)
+    if task is not None and task.network.images != count:
         raise ValueError(
-            f"--ckpt_dir {path} is {kind} checkpoint and --task {values.task} is for "
-            f"{_KINDS[task.network.images]} one; use --task {fits}"
+            f"--ckpt_dir {path} is {kind.title} checkpoint and --task {values.task} is for "
+            f"{_KINDS[task.network.images].title} one; use --task {KINDS[count]}-14B"
         )
+    return _released(count)
 
 
 def images(values: flags.FlagValues, count: int) -> dict[str, str]:
@@ -96,22 +121,22 @@ def images(values: flags.FlagValues, count: int) -> dict[str, str]:
 
     Raises ValueError for a flag that is for another kind of checkpoint.
     """
-    if "image" not in values:
+    if not takes_images(values):
         return {}
-    wanted = _IMAGE_FLAGS[count]
+    kind = _KINDS[count]
     for name in ("image", "first_frame", "last_frame"):
-        if values[name].value is not None and name not in wanted:
-            needed = " and ".join(f"--{flag}" for flag in wanted)
+        if values[name].value is not None and name not in kind.flags:
             raise ValueError(
-                f"--{name} {values[name].value} is given; {_KINDS[count]} checkpoint takes {needed}"
+                f"--{name} {values[name].value} is given; {kind.title} checkpoint takes "
+                + " and ".join(f"--{flag}" for flag in kind.flags)
             )
-    paths = zip(("image", "last_image"), (values[name].value for name in wanted), strict=False)
+    paths = zip(_SOURCES, (values[name].value for name in kind.flags), strict=False)
     return {name: path for name, path in paths if path is not None}
 
 
 def image_flag(name: str, count: int) -> str:
     """The flag that sets "image" or "last_image" of a checkpoint which takes `count` images."""
-    return "last_frame" if name == "last_image" else _IMAGE_FLAGS[count or 1][0]
+    return "last_frame" if name == "last_image" else _KINDS[count or 1].flags[0]
 
 
 def settings(values: flags.FlagValues, configs: Path) -> dict[str, Any]:
@@ -131,7 +156,11 @@ def settings(values: flags.FlagValues, configs: Path) -> dict[str, Any]:
             f"--task {values.task} needs --ckpt_dir: a folder, or {task.repository}, which is "
             "downloaded"
         )
-    return read_settings(configs / f"{task.config}.py")
+    found = read_settings(configs / f"{task.config}.py")
+    if values.task == "i2v-14B":  # which stands for both
+        sizes = [read_settings(configs / f"{t.config}.py")["sizes"] for t in (_I2V_480P, _I2V_720P)]
+        found["sizes"] = [size for some in sizes for size in some]
+    return found
 
 
 def read_settings(path: Path) -> dict[str, Any]:

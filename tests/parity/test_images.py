@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests import tolerances
-from wan_jax import conditioning, images
+from wan_jax import conditioning, fitting, images
 
 torch = pytest.importorskip("torch")
 
@@ -41,14 +41,14 @@ def test_resize_is_torchs(source, target, values):
     if values == "extreme":  # neighbours as far apart as can be: positions must agree
         image = np.sign(image)
     height, width = target
-    resized = images.resize_bicubic(image, height=height, width=width)
+    resized = fitting.resize_bicubic(image, height=height, width=width)
     expected = torch_resize(image, height, width)
     assert np.abs(resized - expected).max() <= tolerances.IMAGE_RESIZE
 
 
 def test_clip_view_is_torchs():
     image = np.random.default_rng(0).uniform(-1, 1, (451, 677, 3)).astype(np.float32)
-    distance = np.abs(images.clip_view(image, 224) - torch_resize(image, 224, 224)).max()
+    distance = np.abs(fitting.clip_view(image, 224) - torch_resize(image, 224, 224)).max()
     assert distance <= tolerances.IMAGE_RESIZE
 
 
@@ -74,13 +74,13 @@ def conditions(shape, frames, last):
     """The reference's video of random images, ours in chunks, and height and width of both."""
     rng = np.random.default_rng(1)
     first, other = (rng.uniform(-1, 1, (*shape, 3)).astype(np.float32) for _ in range(2))
-    height, width = images.fit_size(*shape, area=48 * 80)
+    height, width = fitting.fit_size(*shape, area=48 * 80)
     video = np.zeros((1, frames, height, width, 3), np.float32)
     video[0, 0] = torch_resize(first, height, width)
     if last:
         video[0, -1] = torch_resize(other, height, width)
-    first, other = (images.fit(image, (80, 48)) for image in (first, other))
-    chunks = conditioning.pixel_chunks(first, frames=frames, last=other if last else None, chunk=2)
+    first, other = (fitting.fit(image, (80, 48)) for image in (first, other))
+    chunks = conditioning.pixel_chunks(first, frames=frames, last=other if last else None)
     return video, list(chunks), height, width
 
 

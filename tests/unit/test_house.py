@@ -19,6 +19,7 @@ ORDER = (
         "ffmpeg",
         "tokenizer",
         "images",
+        "fitting",
         "conditioning",
     },
     {"sharding", "labels"},

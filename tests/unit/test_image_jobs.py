@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+import wan_jax
 from tests.unit.test_cli import ROOT, script
 from wan_jax import cli, jobs, outputs, runner, tasks
 from wan_jax.config import (
@@ -35,7 +36,7 @@ def parse(*arguments: str) -> flags.FlagValues:
 
 
 def plans(*arguments: str) -> jobs.Plan:
-    return jobs.plan(parse(*arguments, *PROMPT), ROOT / "configs", IMAGE_TASKS)
+    return jobs.plan(parse(*arguments, *PROMPT), ROOT / "configs")
 
 
 def plan(*arguments: str) -> outputs.Job:
@@ -113,7 +114,7 @@ def test_a_line_s_own_size_has_its_shift(released: Callable[[WanConfig], None]) 
     lines = [{"prompt": "x"}, {"prompt": "x", "size": "480*832"}, {"prompt": "x", "shift": 4}]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     values = parse("--task", "i2v-14B", *I2V, "--prompts_file", "p.jsonl")
-    made = jobs.plan(values, ROOT / "configs", IMAGE_TASKS).jobs
+    made = jobs.plan(values, ROOT / "configs").jobs
     assert [job.settings["shift"] for job in made] == [5.0, 3.0, 4.0]
 
 
@@ -123,8 +124,9 @@ def test_every_task_has_settings_and_an_own_repository() -> None:
         assert found["steps"] == (40 if name.startswith("i2v") else 50)
         assert found["size"] in found["sizes"]
         defaults = task.network.defaults
-        assert found["shift"] == defaults.shift
-        assert found.get("shift_480p") == defaults.shift_480p
+        for setting in ("shift", "shift_480p", "guidance", "solver", "steps", "frames"):
+            usual = 1 if (name, setting) == ("t2i-14B", "frames") else getattr(defaults, setting)
+            assert found.get(setting) == usual, (name, setting)
         kind = name.split("-")[0].replace("t2i", "t2v").upper()
         assert task.repository.startswith(f"Wan-AI/Wan2.1-{kind}-")
 
@@ -172,9 +174,20 @@ def test_wrong_images_are_named(arguments: tuple[str, ...], words: str) -> None:
     assert sorted(path for path in Path().iterdir() if path.name not in ("cache", "home")) == before
 
 
+def test_sizes_of_both_checkpoints_are_those_of_the_task(
+    released: Callable[[WanConfig], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    released(I2V_14B)
+    for size in ("832*480", "480*832", "1280*720", "720*1280"):
+        plan("--task", "i2v-14B", "--size", size, *I2V)
+    assert "warning" not in capsys.readouterr().err
+    plan("--task", "i2v-14B-720P", "--size", "832*480", *I2V)
+    assert "warning: size 832*480 is not one" in capsys.readouterr().err
+
+
 def test_a_prompt_is_needed() -> None:
     with pytest.raises(ValueError, match="--prompt is missing; a text"):
-        jobs.plan(parse("--image", "a.png"), ROOT / "configs", IMAGE_TASKS)
+        jobs.plan(parse("--image", "a.png"), ROOT / "configs")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +196,7 @@ def test_a_prompt_is_needed() -> None:
         ({"prompt": "x", "image": "text.png"}, "line 1: image 'text.png' is not an image"),
         ({"prompt": "x", "image": 3}, "line 1: image is 3; a text is needed"),
         ({"prompt": "x", "fit": "squash"}, "line 1: fit is 'squash'; accepted: keep, crop, pad"),
-        ({"prompt": "x", "last_image": "a.png"}, "line 1: last_image is given; this checkpoint"),
+        ({"prompt": "x", "last_image": "a.png"}, "--image a.png is given; a first-and-last-frame"),
         ({"prompt": "x", "first_frame": "a.png"}, "unknown keys ['first_frame']; known: ['prompt'"),
     ],
 )
@@ -191,7 +204,7 @@ def test_a_wrong_line_is_named(line: dict[str, Any], words: str) -> None:
     Path("p.jsonl").write_text(json.dumps(line))
     values = parse("--image", "a.png", "--prompts_file", "p.jsonl")
     with pytest.raises(ValueError, match=".") as caught:
-        jobs.plan(values, ROOT / "configs", IMAGE_TASKS)
+        jobs.plan(values, ROOT / "configs")
     assert words in str(caught.value)
 
 
@@ -200,7 +213,7 @@ def test_a_script_of_texts_does_not_take_a_checkpoint_of_images() -> None:
     cli.define_flags(tasks.TEXT_TASKS, values)
     values(["run_t2v.py", "--ckpt_dir", "nano-i2v"])
     with pytest.raises(ValueError, match="is an image-to-video checkpoint; run_i2v.py runs those"):
-        jobs.plan(values, ROOT / "configs", tasks.TEXT_TASKS)
+        jobs.plan(values, ROOT / "configs")
 
 
 def test_images_of_a_file_and_how_they_fit() -> None:
@@ -212,7 +225,7 @@ def test_images_of_a_file_and_how_they_fit() -> None:
     ]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     values = parse("--image", "a.png", "--size", "64*48", "--prompts_file", "p.jsonl")
-    made = jobs.plan(values, ROOT / "configs", IMAGE_TASKS).jobs
+    made = jobs.plan(values, ROOT / "configs").jobs
     facts = [(job.images, job.settings["fit"], job.settings["resolution"]) for job in made]
     assert facts == [
         (("a.png",), "keep", [64, 32]),
@@ -224,6 +237,48 @@ def test_images_of_a_file_and_how_they_fit() -> None:
     assert [job.request.latent_shape[1:3] for job in made] == [(4, 8), (8, 6)] + [(6, 8)] * 3
     first, second, third, fourth, fifth = (job.settings["image_sha256"] for job in made)
     assert first == fourth == fifth != second == third
+
+
+def test_images_in_a_file_tell_the_kind_of_the_miniature() -> None:
+    line = {"prompt": "x", "image": "a.png", "last_image": "b.jpg"}
+    Path("p.jsonl").write_text(json.dumps(line))
+    made = jobs.plan(parse("--prompts_file", "p.jsonl"), ROOT / "configs")
+    assert made.source == "nano-flf2v"
+    assert made.jobs[0].images == ("a.png", "b.jpg")
+    assert set(made.jobs[0].settings) >= {"image_sha256", "last_image_sha256"}
+
+
+def test_prompts_of_one_image_share_its_pixels() -> None:
+    lines = [json.dumps({"prompt": str(i)}) for i in range(20)]
+    Path("p.jsonl").write_text("\n".join(lines))
+    made = jobs.plan(parse("--image", "a.png", "--prompts_file", "p.jsonl"), ROOT / "configs").jobs
+    assert len({id(job.request.images[0].pixels) for job in made}) == 1
+
+
+@pytest.mark.parametrize("name", ["a.png", "./a.png", "link.png"])
+def test_an_image_to_read_is_not_written_over(name: str) -> None:
+    Path("link.png").symlink_to("a.png")
+    before = Path("a.png").read_bytes()
+    for more in ((), ("--skip_existing",)):
+        with pytest.raises(ValueError, match="is an image to read; give another name"):
+            plans("--image", "a.png", "--frame_num", "1", "--save_file", name, *more)
+    assert Path("a.png").read_bytes() == before
+
+
+def test_an_enormous_file_is_not_read() -> None:
+    with open("sparse.png", "wb") as file:
+        file.truncate(2**38)
+    with pytest.raises(ValueError, match=r"--image 'sparse.png' has 274877906944 bytes; accepted"):
+        plans("--image", "sparse.png")
+
+
+def test_a_strip_is_named() -> None:
+    Image.new("RGB", (3000, 1)).save("strip.png")
+    with pytest.raises(ValueError, match="^--image is of 3000x1 pixels, for a video of "):
+        plans("--image", "strip.png")
+    Image.new("RGB", (3000, 10)).save("strip.png")
+    with pytest.raises(ValueError, match=r"^--image makes a video of size \(16624, 48\); sides"):
+        plans("--image", "strip.png", "--size", "1280*720")
 
 
 def test_an_image_that_changes_is_read_again() -> None:
@@ -241,7 +296,7 @@ def run(tiny_i2v_source: Path, tiny_cache: Path) -> Callable[..., None]:
     def run(*arguments: str) -> None:
         given = ["--ckpt_dir", str(tiny_i2v_source), "--cache_dir", str(tiny_cache), *arguments]
         values = parse(*given)
-        runner.execute(values, jobs.plan(values, ROOT / "configs", IMAGE_TASKS))
+        runner.execute(values, jobs.plan(values, ROOT / "configs"))
 
     return run
 
@@ -312,3 +367,24 @@ def test_the_script_runs_without_a_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.strip().startswith("run_i2v.py: error: --image 'cut.png' cannot be read")
     assert done.stderr.strip().count("\n") == 0
+
+
+def test_images_are_encoded_once_for_all_videos_of_them(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, told = wan_jax.Wan.encode_images, []
+
+    def counted(self: wan_jax.Wan, request: Any, callback: Any = None) -> Any:
+        told.append(request)
+        return encode(self, request, callback)
+
+    lines = [{"prompt": "x", "num_videos": 2}, {"prompt": "y"}, {"prompt": "z", "image": "b.jpg"}]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    line = ["--image", "a.png", "--base_seed", "1", "--sample_steps", "1", "--size", "64*48"]
+    with monkeypatch.context() as patch:
+        patch.setattr(wan_jax.Wan, "encode_images", counted)
+        run(*line, "--prompts_file", "p.jsonl", "--save_file", "v.npz")
+    assert len(told) == 2
+    run(*line, "--prompt", "y", "--save_file", "alone.npz")
+    with np.load("v_002.npz") as one, np.load("alone.npz") as alone:
+        np.testing.assert_array_equal(one["latents"], alone["latents"])

@@ -17,7 +17,7 @@ import wan_jax
 from tests import tolerances
 from tests.random_weights import random_array, relative_l2
 from tests.unit.conftest import TINY, TINY_FLF2V, TINY_I2V
-from wan_jax import images, pipeline, sampler, xla
+from wan_jax import fitting, images, pipeline, sampler, xla
 from wan_jax.config import DiTConfig
 from wan_jax.dit import Cond, DiT
 from wan_jax.noise import initial_noise
@@ -128,7 +128,7 @@ def test_text_to_video_knows_no_frames(wan: Wan) -> None:
     assert wan.encode_images(make_request(TINY, PROMPT)) is None
 
 
-@pytest.mark.parametrize("field", images.Frame._fields)
+@pytest.mark.parametrize("field", fitting.Frame._fields)
 @pytest.mark.parametrize("place", [0, 1])
 def test_clip_and_vae_each_see_each_image(flf2v: Wan, place: int, field: str) -> None:
     request = _request(flf2v, FIRST, LAST)
@@ -145,7 +145,7 @@ def test_a_last_image_of_another_size_covers_the_first(flf2v: Wan) -> None:
     wide = np.random.RandomState(5).randint(0, 256, (30, 90, 3)).astype(np.uint8)
     request = _request(flf2v, FIRST, wide)
     assert request.latent_shape == LATENTS
-    covered = images.cover(images.read_image(wide), height=16, width=32)
+    covered = fitting.cover(images.read_image(wide), height=16, width=32)
     np.testing.assert_array_equal(request.images[1].pixels, covered)
     latents = _latents(flf2v, last_image=wide)
     assert latents.shape == (1, *LATENTS)
@@ -266,7 +266,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (
         TINY_I2V,
         {"image": FIRST[:4]},
-        "an image of 40x4 pixels gives a video of 64x0; accepted at an area of 512 pixels: a side "
+        "image is of 40x4 pixels, for a video of 64x0; accepted at an area of 512 pixels: a side "
         "at most 2 times the other",
     ),
     (

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests import tolerances
-from wan_jax import images
+from wan_jax import fitting, images
 
 COLOURS = {
     "a": (255, 0, 0),
@@ -404,7 +404,7 @@ def test_an_image_of_nothing_is_refused():
 def test_the_kernel_is_that_of_a_three_quarter_slope():
     impulse = np.zeros((1, 7, 1), np.float32)
     impulse[0, 3] = 1
-    doubled = images.resize_bicubic(impulse, height=1, width=14)[0, :, 0]
+    doubled = fitting.resize_bicubic(impulse, height=1, width=14)[0, :, 0]
     # The cubic at distances of 0.25, 0.75, 1.25 and 1.75.
     half = [0.87890625, 0.26171875, -0.10546875, -0.03515625]
     np.testing.assert_array_equal(doubled, [0, 0, 0, *half[::-1], *half, 0, 0, 0])
@@ -412,7 +412,7 @@ def test_the_kernel_is_that_of_a_three_quarter_slope():
 
 def test_the_edge_is_repeated():
     step = np.float32([[[1], [0], [0], [0]]])
-    doubled = images.resize_bicubic(step, height=1, width=8)[0, :, 0]
+    doubled = fitting.resize_bicubic(step, height=1, width=8)[0, :, 0]
     # At -0.25 and at 0.25: pixel 0 stands in for those at -1 and -2.
     assert doubled[0] == 0.87890625 - 0.10546875 - 0.03515625 + 0.26171875 + 0.10546875
     assert doubled[1] == 0.87890625 - 0.10546875
@@ -420,11 +420,11 @@ def test_the_edge_is_repeated():
 
 def test_no_size_changes_the_same_size_or_one_colour():
     image = random_image(7, 9)
-    same = images.resize_bicubic(image, height=7, width=9)
+    same = fitting.resize_bicubic(image, height=7, width=9)
     np.testing.assert_array_equal(same, image)
     assert not np.shares_memory(same, image)
     for height, width in ((1, 1), (3, 40), (50, 2)):
-        flat = images.resize_bicubic(
+        flat = fitting.resize_bicubic(
             np.full((5, 6, 3), 0.3, np.float32), height=height, width=width
         )
         np.testing.assert_allclose(flat, 0.3, rtol=0, atol=tolerances.IMAGE_FLAT)
@@ -432,26 +432,28 @@ def test_no_size_changes_the_same_size_or_one_colour():
 
 def test_overshoot_is_kept():
     step = np.sign(np.arange(8, dtype=np.float32) - 3.5)[None, :, None].repeat(3, 2)
-    assert np.abs(images.resize_bicubic(step, height=1, width=16)).max() > 1.05
+    assert np.abs(fitting.resize_bicubic(step, height=1, width=16)).max() > 1.05
 
 
 def test_batches_are_their_members():
     batch = np.stack([random_image(7, 9, seed) for seed in range(3)])
-    resized = images.resize_bicubic(batch, height=5, width=12)
+    resized = fitting.resize_bicubic(batch, height=5, width=12)
     assert resized.shape == (3, 5, 12, 3)
     for k in range(3):
-        alone = images.resize_bicubic(batch[k], height=5, width=12)
+        alone = fitting.resize_bicubic(batch[k], height=5, width=12)
         np.testing.assert_array_equal(resized[k], alone)
-    np.testing.assert_array_equal(images.clip_view(batch, 224)[1], images.clip_view(batch[1], 224))
+    np.testing.assert_array_equal(
+        fitting.clip_view(batch, 224)[1], fitting.clip_view(batch[1], 224)
+    )
     for how in ("keep", "crop", "pad"):
-        fitted = images.fit(batch, (32, 48), how)
-        np.testing.assert_array_equal(fitted[1], images.fit(batch[1], (32, 48), how))
+        fitted = fitting.fit(batch, (32, 48), how)
+        np.testing.assert_array_equal(fitted[1], fitting.fit(batch[1], (32, 48), how))
 
 
 def test_clip_view_squashes_all_of_it():
     image = random_image(30, 80)
-    expected = images.resize_bicubic(image, height=224, width=224)
-    np.testing.assert_array_equal(images.clip_view(image, 224), expected)
+    expected = fitting.resize_bicubic(image, height=224, width=224)
+    np.testing.assert_array_equal(fitting.clip_view(image, 224), expected)
 
 
 @pytest.mark.parametrize(
@@ -466,7 +468,7 @@ def test_clip_view_squashes_all_of_it():
     ],
 )
 def test_what_cannot_be_resized_is_refused(image, height, width, message):
-    for resize in (images.resize_bicubic, images.cover):
+    for resize in (fitting.resize_bicubic, fitting.cover):
         with pytest.raises(ValueError, match=message):
             resize(image, height=height, width=width)
 
@@ -488,7 +490,7 @@ def test_what_cannot_be_resized_is_refused(image, height, width, message):
     ],
 )
 def test_fit_size(source, area, video):
-    assert images.fit_size(*source, area=area) == video
+    assert fitting.fit_size(*source, area=area) == video
 
 
 def test_fit_size_is_the_references_arithmetic():
@@ -502,31 +504,31 @@ def test_fit_size_is_the_references_arithmetic():
             rows = round(np.sqrt(area * ratio) // 8 // 2 * 2)
             columns = round(np.sqrt(area / ratio) // 8 // 2 * 2)
             if rows and columns:
-                assert images.fit_size(height, width, area=area) == (rows * 8, columns * 8)
+                assert fitting.fit_size(height, width, area=area) == (rows * 8, columns * 8)
             else:
                 with pytest.raises(ValueError, match="times the other"):
-                    images.fit_size(height, width, area=area)
+                    fitting.fit_size(height, width, area=area)
 
 
 def test_fit_size_names_the_ratio_it_accepts():
     limit = 480 * 832 // 256
-    assert images.fit_size(1, limit, area=480 * 832)[0] == 16
+    assert fitting.fit_size(1, limit, area=480 * 832)[0] == 16
     for source in ((1, limit + 1), (limit + 1, 1)):
         with pytest.raises(ValueError, match=f"accepted at an area of 399360 .* {limit} times"):
-            images.fit_size(*source, area=480 * 832)
+            fitting.fit_size(*source, area=480 * 832)
 
 
 def test_fit_size_refuses_what_is_no_size():
     with pytest.raises(ValueError, match="height is 0"):
-        images.fit_size(0, 5, area=399360)
+        fitting.fit_size(0, 5, area=399360)
     with pytest.raises(ValueError, match="area is 0"):
-        images.fit_size(5, 5, area=0)
+        fitting.fit_size(5, 5, area=0)
 
 
 def test_keep_takes_the_area_alone():
     image = random_image(72, 128)
-    kept = images.fit(image, (832, 480))
-    np.testing.assert_array_equal(kept, images.resize_bicubic(image, height=464, width=832))
+    kept = fitting.fit(image, (832, 480))
+    np.testing.assert_array_equal(kept, fitting.resize_bicubic(image, height=464, width=832))
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32), (40, 40), (17, 5)])
@@ -536,9 +538,9 @@ def test_crop_is_the_middle_of_what_covers(source, size):
     image = random_image(*source)
     ratio = max(height / source[0], width / source[1])
     tall, wide = round(source[0] * ratio), round(source[1] * ratio)
-    whole = images.resize_bicubic(image, height=tall, width=wide)
+    whole = fitting.resize_bicubic(image, height=tall, width=wide)
     top, left = (tall - height) // 2, (wide - width) // 2
-    cropped = images.fit(image, size, "crop")
+    cropped = fitting.fit(image, size, "crop")
     assert cropped.shape == (height, width, 3)
     expected = whole[top : top + height, left : left + width]
     np.testing.assert_allclose(cropped, expected, rtol=0, atol=tolerances.IMAGE_FLAT)
@@ -547,13 +549,13 @@ def test_crop_is_the_middle_of_what_covers(source, size):
 @pytest.mark.parametrize("source", [(30, 50), (50, 30), (48, 64), (7, 11)])
 def test_pad_is_all_of_it_between_black_bars(source):
     image = random_image(*source)
-    padded = images.fit(image, (64, 48), "pad")
+    padded = fitting.fit(image, (64, 48), "pad")
     ratio = min(48 / source[0], 64 / source[1])
     tall, wide = round(source[0] * ratio), round(source[1] * ratio)
     assert 48 in (tall,) or 64 in (wide,)
     top, left = (48 - tall) // 2, (64 - wide) // 2
     expected = np.full((48, 64, 3), -1, np.float32)
-    inside = images.resize_bicubic(image, height=tall, width=wide)
+    inside = fitting.resize_bicubic(image, height=tall, width=wide)
     expected[top : top + tall, left : left + wide] = inside
     np.testing.assert_array_equal(padded, expected)
 
@@ -565,7 +567,7 @@ def test_strips_take_little_memory():
         strip = np.zeros(shape, np.float32)
         for how in ("crop", "pad"):
             tracemalloc.start()
-            fitted = images.fit(strip, (1280, 720), how)
+            fitted = fitting.fit(strip, (1280, 720), how)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert fitted.shape == (720, 1280, 3)
@@ -582,7 +584,7 @@ def test_strips_take_little_memory():
 )
 def test_fit_refuses(size, how, message):
     with pytest.raises(ValueError, match=message):
-        images.fit(random_image(4, 4), size, how)
+        fitting.fit(random_image(4, 4), size, how)
 
 
 # The module

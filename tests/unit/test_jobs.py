@@ -8,12 +8,11 @@ import pytest
 
 from tests.unit.test_cli import ROOT, parse
 from wan_jax import jobs, loading, outputs
-from wan_jax.tasks import TEXT_TASKS
 from wan_jax.weights import miniature
 
 
 def plans(*arguments: str) -> jobs.Plan:
-    return jobs.plan(parse(*arguments), ROOT / "configs", TEXT_TASKS)
+    return jobs.plan(parse(*arguments), ROOT / "configs")
 
 
 def plan(*arguments: str) -> outputs.Job:
@@ -58,7 +57,7 @@ def test_reference_command_line_keeps_its_meaning(checkpoint: str, tmp_path: Pat
         f"--frame_num 5 --base_seed 42 --save_file {tmp_path}/x.mp4 --ulysses_size 1 --ring_size 1"
     )
     values = parse(*line.split(), "--prompt", "Two cats")
-    (job,) = jobs.plan(values, ROOT / "configs", TEXT_TASKS).jobs
+    (job,) = jobs.plan(values, ROOT / "configs").jobs
     assert values.offload_model is True
     assert values.t5_cpu is True
     assert job.settings["prompt"] == "Two cats"

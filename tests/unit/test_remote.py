@@ -3,6 +3,7 @@
 import collections
 import gc
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -13,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import wan_jax
 from tests.unit import fake_gcs, fake_hub
 from tests.unit.conftest import TINY, TINY_I2V
 from tests.unit.test_cli import ROOT, parse
+from tests.unit.test_image_jobs import parse as parse_images
 from wan_jax import jobs, loading
-from wan_jax.tasks import TEXT_TASKS
 from wan_jax.weights import checkpoint, export, remote, trees
 from wan_jax.weights.layouts import CLIP_PTH
 from wan_jax.weights.sources import open_folder
@@ -617,14 +619,42 @@ def test_wrong_flags_are_said_before_a_download(
     monkeypatch.chdir(tmp_path)
     values = parse("--ckpt_dir", ID, "--frame_num", "80")
     with pytest.raises(ValueError, match="--frame_num is 80"):
-        jobs.plan(values, ROOT / "configs", TEXT_TASKS)
-    assert not hub.requests
+        jobs.plan(values, ROOT / "configs")
+    assert set(hub.fetched()) <= {"transformer/config.json"}
     values = parse("--ckpt_dir", "organisation/nothing")
     with pytest.raises(ValueError, match=r"--ckpt_dir organisation/nothing: .* neither a folder"):
-        jobs.plan(values, ROOT / "configs", TEXT_TASKS)
-    (job,) = jobs.plan(parse("--ckpt_dir", ID), ROOT / "configs", TEXT_TASKS).jobs
+        jobs.plan(values, ROOT / "configs")
+    (job,) = jobs.plan(parse("--ckpt_dir", ID), ROOT / "configs").jobs
     assert job.settings["frames"] == 5
     assert job.output.name.startswith("tiny-model_32*16_1_1_")
+
+
+@pytest.mark.parametrize("place", [ID, "gs://bucket/tiny"])
+def test_a_checkpoint_of_another_kind_is_refused_before_a_download(
+    place: str,
+    hub: fake_hub.FakeHub,
+    gcs: fake_gcs.FakeGCS,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 48)).save("a.png")
+    fill(gcs, source, "tiny")
+    line = ("--ckpt_dir", place, "--image", "a.png", "--prompt", "x")
+    with pytest.raises(ValueError, match=f"--ckpt_dir {place} is a text-to-video checkpoint; run_"):
+        jobs.plan(parse_images(*line), ROOT / "configs")
+    with pytest.raises(ValueError, match="is a text-to-video checkpoint; run_t2v.py runs those"):
+        jobs.plan(parse_images(*line, "--task", "i2v-14B"), ROOT / "configs")
+    file = source / "transformer" / "config.json"
+    two = {"image_dim": 1280, "added_kv_proj_dim": 32, "pos_embed_seq_len": 514}
+    for more, kind in ((two, "a first-and-last-frame"), ({"image_dim": 1280}, "an image-to-video")):
+        changed = json.dumps(json.loads(file.read_text()) | more)
+        monkeypatch.setattr(remote, "peek", lambda text: json.loads(changed))  # noqa: B023
+        with pytest.raises(ValueError, match=f"is {kind} checkpoint; run_i2v.py runs those"):
+            jobs.plan(parse("--ckpt_dir", place), ROOT / "configs")
+    assert set(hub.fetched()) <= {"transformer/config.json"}
+    assert not [r for r in gcs.requests if "safetensors" in r.path]
 
 
 def test_load_takes_pytorch_files_in_a_bucket(

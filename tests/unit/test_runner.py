@@ -19,7 +19,6 @@ from tests.unit.test_cli import ROOT, parse, script
 from tests.unit.test_media import decode
 from wan_jax import cli, jobs, labels, media, resume, runner
 from wan_jax.sampler import Carry, State
-from wan_jax.tasks import TEXT_TASKS
 
 Run = Callable[..., None]
 SMALL = ["--cache_dir", "cache", "--size", "64*48", "--frame_num", "5", "--sample_steps", "2"]
@@ -71,7 +70,7 @@ def run(
     def run(*arguments: str) -> None:
         given = ["--ckpt_dir", str(tiny_source), "--cache_dir", str(tiny_cache), *arguments]
         values = parse(*given)
-        runner.execute(values, jobs.plan(values, ROOT / "configs", TEXT_TASKS))
+        runner.execute(values, jobs.plan(values, ROOT / "configs"))
 
     return run
 

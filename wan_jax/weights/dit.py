@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from wan_jax.config import DiTConfig
+from wan_jax.config import KINDS, DiTConfig
 from wan_jax.weights import facts
 from wan_jax.weights.rules import LINEAR, SAME, Layout, Rule, Shape, Table
 
@@ -107,7 +107,6 @@ _HEAD_DIM = 128  # of every released network; it is the one size that no shape s
 # What an image adds, and of it the tensors that show its width and how many positions it has.
 _IMAGE = {"wan": "img_emb.", "diffusers": "condition_embedder.image_embedder."}
 _IMAGE_NAMES = {"wan": ("proj.0.weight", "emb_pos"), "diffusers": ("norm1.weight", "pos_embed")}
-_KINDS = ("t2v", "i2v", "flf2v")  # the original's model_type, by the number of images
 
 
 def _image_sizes(shapes: Mapping[str, Shape], naming: str) -> dict[str, int]:
@@ -162,9 +161,9 @@ def config_from_wan(
     tensors are not.
     """
     kind = values.get("model_type")
-    if kind not in (None, *_KINDS):
+    if kind not in (None, *KINDS):
         raise ValueError(
-            f"config.json has model_type {kind!r}; only checkpoints of {', '.join(_KINDS)} are "
+            f"config.json has model_type {kind!r}; only checkpoints of {', '.join(KINDS)} are "
             "supported"
         )
     config = DiTConfig(
@@ -181,7 +180,7 @@ def config_from_wan(
         eps=values["eps"],
         **_image_sizes(shapes, naming),
     )
-    found = _KINDS[config.images]
+    found = KINDS[config.images]
     if kind not in (None, found):
         raise ValueError(f"config.json has model_type {kind!r}; the tensors are those of {found!r}")
     return config
@@ -229,6 +228,18 @@ def config_from_diffusers(values: Mapping[str, Any]) -> DiTConfig:
     )
 
 
+def images_of(values: Mapping[str, Any]) -> int | None:
+    """How many images a DiT takes, by config.json of either layout; None if that does not tell."""
+    kind = values.get("model_type")
+    if kind is not None:
+        return KINDS.index(kind) if kind in KINDS else None
+    if "num_attention_heads" not in values:
+        return None
+    if values.get("image_dim") is None:
+        return 0
+    return 1 if values.get("pos_embed_seq_len") is None else 2
+
+
 def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
     """transformer/config.json of WanTransformer3DModel with this network's dimensions."""
     return {
@@ -259,7 +270,7 @@ def config_to_wan(config: DiTConfig) -> dict[str, Any]:
     """
     return {
         "_class_name": "WanModel",
-        "model_type": _KINDS[config.images],
+        "model_type": KINDS[config.images],
         "text_len": config.text_len,
         "in_dim": config.in_channels,
         "dim": config.dim,

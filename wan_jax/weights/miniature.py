@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from wan_jax.config import NANO_T2V, WanConfig
+from wan_jax.config import KINDS, NANO_T2V, WanConfig
 from wan_jax.tokenizer import write_byte_tokenizer
 from wan_jax.weights import rules, trees
 from wan_jax.weights.folders import written_whole
@@ -21,7 +21,7 @@ from wan_jax.weights.sources import DEFAULTS_FILE, TABLES, abstract_part, part_t
 
 def name(config: WanConfig) -> str:
     """A folder's name that changes with the sizes: a cache never holds those of another release."""
-    kind = ("t2v", "i2v", "flf2v")[config.images]
+    kind = KINDS[config.images]
     return f"random-nano-{kind}-{zlib.crc32(config.to_json().encode()):08x}"
 
 

@@ -9,6 +9,7 @@ import fnmatch
 import functools
 import glob
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -86,6 +87,30 @@ def wanted_files(names: Iterable[str], parts: Collection[str] | None, *, what: s
 def _with_tokenizer(parts: Collection[str] | None) -> tuple[str, ...]:
     chosen = PARTS if parts is None else tuple(parts)
     return (*chosen, "tokenizer") if "umt5" in chosen else chosen
+
+
+def peek(text: str) -> dict[str, Any] | None:
+    """config.json of the DiT of a hub id or a gs:// folder; None if there is none to be had."""
+    if not is_bucket(text) and not is_hub_id(text):
+        return None
+    for name in ("transformer/config.json", "config.json"):
+        with contextlib.suppress(Exception):  # of many libraries; the download says what is wrong
+            if is_bucket(text):
+                place = f"{text.rstrip('/').removeprefix('gs://')}/{name}"
+                with bucket_errors(text):
+                    found = _bucket_filesystem().cat_file(place)
+            else:
+                import huggingface_hub as hub
+
+                repo, _, revision = text.partition("@")
+                file = hub.hf_hub_download(
+                    repo, name, revision=revision or None, etag_timeout=_HUB_SECONDS
+                )
+                found = Path(file).read_bytes()
+            values = json.loads(found)
+            if isinstance(values, dict):
+                return values
+    return None
 
 
 def download_hub(text: str, *, notify: Notify, parts: Collection[str] | None = None) -> Path:
