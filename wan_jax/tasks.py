@@ -10,7 +10,17 @@ from absl import flags
 from wan_jax.config import KINDS, RELEASED, WanConfig
 from wan_jax.prompts import Entry, parse_size
 
-SETTINGS = ("negative_prompt", "size", "frames", "steps", "shift", "guidance", "solver")
+_SETTINGS = (
+    "sizes",
+    "shift_480p",
+    "negative_prompt",
+    "size",
+    "frames",
+    "steps",
+    "shift",
+    "guidance",
+    "solver",
+)
 _480P = ((832, 480), (480, 832))
 
 
@@ -174,8 +184,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"--config {path} is not a file with one `config = {{...}}`: {error}"
         ) from error
-    known = ["sizes", "shift_480p", *SETTINGS]
-    unknown = sorted(set(found) - set(known))
+    unknown = sorted(set(found) - set(_SETTINGS))
     if unknown:
-        raise ValueError(f"--config {path} has unknown settings {unknown}; known: {known}")
+        raise ValueError(f"--config {path} has unknown settings {unknown}; known: {_SETTINGS}")
     return found
