@@ -307,12 +307,12 @@ def test_a_signal_leaves_one_line_and_nothing_else_to_stay(
             run.send_signal(signum)
             assert run.stderr is not None
             said = run.stderr.read()
-        if run.returncode == 0:  # it had come to its end
+        if checkpoint.is_checkpoint(tmp_path / "cache" / "out"):  # it had come to its end
+            assert run.returncode in (0, -signum)  # a signal finds no handler while Python exits
             shutil.rmtree(tmp_path / "cache" / "out")
             continue
         assert run.returncode == 128 + signum
         assert "the same command starts anew" in said
-        assert not checkpoint.is_checkpoint(tmp_path / "cache" / "out")
     out = tmp_path / "cache" / "out"
     with folders.alone(out):
         pass
