@@ -52,7 +52,8 @@ def fit_size(height: int, width: int, *, area: int, multiple: int = 16) -> tuple
     if not (tall and wide):
         raise ValueError(
             f"image is of {width}x{height} pixels, for a video of {wide}x{tall}; accepted at an "
-            f"area of {area} pixels: a side at most {area // multiple**2} times the other"
+            f"area of {area} pixels: a side at most {area // multiple**2} times the other; to crop "
+            "or pad takes any"
         )
     return tall, wide
 

@@ -67,8 +67,8 @@ class Wan:
     """
 
     config: WanConfig
-    tokenizer: "Tokenizer"
-    loaders: dict[str, Callable[[], Any]]
+    tokenizer: "Tokenizer" = dataclasses.field(repr=False)
+    loaders: dict[str, Callable[[], Any]] = dataclasses.field(repr=False)
     dtype: str = "bfloat16"
     offload: bool = False
     digest: str = ""

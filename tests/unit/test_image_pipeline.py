@@ -267,7 +267,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
         TINY_I2V,
         {"image": FIRST[:4]},
         "image is of 40x4 pixels, for a video of 64x0; accepted at an area of 512 pixels: a side "
-        "at most 2 times the other",
+        "at most 2 times the other; to crop or pad takes any",
     ),
     (
         TINY_I2V,
