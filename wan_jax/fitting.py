@@ -90,11 +90,11 @@ def fit(
 
 
 def check_fit(how: Any) -> Fit:
-    """The same; ValueError unless it is one of Fit."""
+    """Give it back; ValueError unless it is one of Fit."""
     if how not in get_args(Fit):
         raise ValueError(f"fit is {how!r}; accepted: {', '.join(get_args(Fit))}")
-    fit: Fit = how
-    return fit
+    known: Fit = how
+    return known
 
 
 def cover(image: np.ndarray, *, height: int, width: int) -> np.ndarray:

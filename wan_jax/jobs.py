@@ -85,8 +85,8 @@ def _all_jobs(
 ) -> list[Job]:
     jobs: list[Job] = []
     for number, entry in enumerate(prompts):
-        request, found = _request(config, values, settings, entry)
-        for job in _jobs(values, entry, request, found):
+        request, found, paths = _request(config, values, settings, entry)
+        for job in _jobs(values, entry, request, found, paths):
             same = sum(job.wanted == other.wanted for other in jobs)
             jobs.append(dataclasses.replace(job, prompt=number, copy=same))
     return jobs
@@ -128,8 +128,8 @@ def _check_unsupported(values: flags.FlagValues) -> None:
 
 def _request(
     config: WanConfig, values: flags.FlagValues, settings: Mapping[str, Any], entry: Entry
-) -> tuple[Request, dict[str, Any]]:
-    """The request of a prompt, and what its images are as JSON."""
+) -> tuple[Request, dict[str, Any], tuple[str, ...]]:
+    """The request of a prompt, what its images are as JSON, and their paths."""
     given = {
         "negative_prompt": values.negative_prompt,
         "size": parse_size(values.size) if values.size is not None else None,
@@ -148,6 +148,7 @@ def _request(
     arguments = {k: v for k, v in given.items() if v is not None} | own
     usual = {k: v for k, v in settings.items() if k != "sizes"}
     defaults = dataclasses.replace(config.defaults, **usual)
+    paths = tuple(arguments[name] for name in tasks.SOURCES if name in arguments)
     try:
         found = _open_images(arguments, values)
         request = make_request(dataclasses.replace(config, defaults=defaults), **arguments)
@@ -164,13 +165,13 @@ def _request(
     if request.images:
         height, width = request.images[0].pixels.shape[:2]
         found["resolution"] = [width, height]
-    return request, found
+    return request, found, paths
 
 
 def _open_images(arguments: dict[str, Any], values: flags.FlagValues) -> dict[str, Any]:
     """Put pictures in the place of paths; gives what tells the images apart, as JSON."""
     found: dict[str, Any] = {}
-    for name in ("image", "last_image"):
+    for name in tasks.SOURCES:
         if name in arguments:
             arguments[name] = images.open_picture(arguments[name], name=name)
             found[f"{name}_sha256"] = arguments[name].sha256
@@ -184,18 +185,23 @@ def _name_flag(message: str, count: int) -> str:
     """A library's "steps is 0; ..." as "--sample_steps is 0; ..."."""
     name, rest = message.split(" ", 1)
     name, equals, value = name.partition("=")
-    if name in ("image", "last_image"):
+    if name in tasks.SOURCES:
         return f"--{tasks.image_flag(name, count)} {rest}"
     return f"--{FLAG_OF[name]}{equals}{value} {rest}" if name in FLAG_OF else message
 
 
 def _jobs(
-    values: flags.FlagValues, entry: Entry, request: Request, found: Mapping[str, Any]
+    values: flags.FlagValues,
+    entry: Entry,
+    request: Request,
+    found: Mapping[str, Any],
+    paths: tuple[str, ...],
 ) -> Iterator[Job]:
-    """The videos of one prompt; their outputs are placed later. found: what its images are."""
+    """The videos of one prompt; their outputs are placed later.
+
+    found, paths: what its images are, and where they lie.
+    """
     given, digest = None, None
-    flagged = tasks.images(values, len(request.images)) | entry.values
-    paths = tuple(flagged[name] for name in ("image", "last_image") if name in flagged)
     if values.noise_file is not None:
         with _naming("noise_file", values.noise_file):
             given = noise_file.load_noise(values.noise_file, shape=request.noise_shape)

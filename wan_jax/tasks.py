@@ -37,7 +37,7 @@ _KINDS = (  # by the number of images
     _Kind("an image-to-video", "run_i2v.py", ("image",)),
     _Kind("a first-and-last-frame", "run_i2v.py", ("first_frame", "last_frame")),
 )
-_SOURCES = ("image", "last_image")  # the library's names of what the flags of a kind give
+SOURCES = ("image", "last_image")  # the library's names of what the flags of a kind give
 
 
 class Task(NamedTuple):
@@ -140,7 +140,7 @@ def images(values: flags.FlagValues, count: int) -> dict[str, str]:
                 f"--{name} {values[name].value} is given; {kind.title} checkpoint takes "
                 + " and ".join(f"--{flag}" for flag in kind.flags)
             )
-    paths = zip(_SOURCES, (values[name].value for name in kind.flags), strict=False)
+    paths = zip(SOURCES, (values[name].value for name in kind.flags), strict=False)
     return {name: path for name, path in paths if path is not None}
 
 

@@ -16,9 +16,10 @@ from PIL import Image
 import wan_jax
 from tests import tolerances
 from tests.random_weights import random_array, relative_l2
+from tests.unit import test_sampler
 from tests.unit.conftest import TINY, TINY_FLF2V, TINY_I2V
-from wan_jax import fitting, images, pipeline, sampler, xla
-from wan_jax.config import DiTConfig
+from tests.unit.test_sampler import SHAPE, STEPS, prepare, scan
+from wan_jax import fitting, images, pipeline, sampler
 from wan_jax.dit import Cond, DiT
 from wan_jax.noise import initial_noise
 from wan_jax.pipeline import Progress
@@ -325,21 +326,7 @@ def test_what_is_known_of_another_video_is_refused(i2v: Wan) -> None:
 
 # The sampler's known channels.
 
-CONFIG = DiTConfig(
-    dim=48,
-    ffn_dim=80,
-    num_heads=2,
-    num_layers=2,
-    in_channels=9,
-    out_channels=4,
-    text_dim=16,
-    text_len=12,
-    freq_dim=32,
-    image_dim=24,
-)
-SHAPE = (2, 3, 4, 6, 4)
-STEPS = 4
-scan = xla.jit(sampler.sample_scan, static_argnames="implementation")
+CONFIG = dataclasses.replace(test_sampler.CONFIG, in_channels=9, image_dim=24)
 
 
 def _normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -361,7 +348,6 @@ def dit() -> DiT:
 @pytest.fixture(scope="module")
 def conds(dit: DiT) -> tuple[Cond, ...]:
     tokens = _normal(2, 5, 24, seed=4)
-    prepare = xla.jit(DiT.prepare)
     return tuple(prepare(dit, _normal(2, 7, 16, seed=seed), tokens) for seed in (1, 2))
 
 
