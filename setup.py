@@ -50,6 +50,7 @@ setup(
             "torch==2.13.0",
             "diffusers==0.42.1",
             "accelerate==1.15.0",
+            "peft==0.21.2",  # with which diffusers loads LoRAs
             "transformers==5.23.0",
             "gcsfs==2026.10.1",
             'libtpu==0.0.52; sys_platform == "linux"',

@@ -93,3 +93,10 @@ CONDITIONING_LATENTS = 1e-5  # resizes 2e-6 apart through a VAE; measured 8e-7
 # Image to video: the whole of it
 IMAGE_PIPELINE_LATENTS = 1e-5  # six guided steps; measured 5e-6; a wrong GELU in CLIP costs 4e-5
 IMAGE_PIPELINE_PSNR = 95.0  # dB of frames in -1..1; measured 128
+
+# LoRA
+LORA_MERGE = 1e-6  # a float32 product of a few terms and two sums; measured 5e-8
+LORA_ROUNDED_SHARE = 2e-3  # float32 sums that fall beside a tie of bfloat16; measured 0
+LORA_TWICE_ROUNDED_SHARE = 0.05  # of values that a second rounding moves, at least; measured 0.27
+LORA_DIFFUSERS = 2e-6  # merged, or beside the product as in PEFT: float32 sums; measured 5e-7
+LORA_MATTERS = 0.01  # a LoRA moves the output of the DiT at least so far

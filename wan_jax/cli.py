@@ -60,6 +60,8 @@ def define_flags(
     choice = functools.partial(flags.DEFINE_enum, flag_values=values)
     choice("task", None, list(tasks), "What to run; without it, the checkpoint's own defaults.")
     string("ckpt_dir", None, "Checkpoint: folder, repacked .safetensors, hub id or gs:// path.")
+    text = "LoRA to add: file.safetensors or file.safetensors:scale; may be given several times."
+    flags.DEFINE_multi_string("lora", None, text, flag_values=values)
     string("config", None, "A file like those in configs/, instead of --task.")
     string("size", None, "Width*height in pixels, multiples of 16, such as 832*480.")
     integer("frame_num", None, "Frames of the video, 4n + 1.")

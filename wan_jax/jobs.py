@@ -18,17 +18,21 @@ from wan_jax.config import WanConfig
 from wan_jax.outputs import Job
 from wan_jax.prompts import FLAG_OF, Entry, entries, parse_size
 from wan_jax.request import Request, make_request
-from wan_jax.weights import folders, remote
+from wan_jax.weights import adapters, folders, remote
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All of one run. source: what load() takes, on this machine; None is its miniature."""
+    """All of one run.
+
+    source: what load() takes, on this machine; None is its miniature. loras: added to it.
+    """
 
     source: Any
     config: WanConfig
     jobs: tuple[Job, ...]
     skipped: tuple[Path, ...]
+    loras: tuple[adapters.Chosen, ...] = ()
 
 
 def plan(values: flags.FlagValues, configs: Path) -> Plan:
@@ -45,9 +49,10 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
         if folder is not None and not (flag == "cache_dir" and remote.is_bucket(folder)):
             with _naming(flag, folder):
                 folders.check_writable(Path(folder))
+    loras = _loras(values)
     if values.ckpt_dir is not None and not Path(values.ckpt_dir).exists():
         _check_elsewhere(values, settings, found)
-    source, digest = tasks.miniature(values, found), None
+    source, known = tasks.miniature(values, found), outputs.Checkpoint(values.ckpt_dir)
     with _naming("ckpt_dir", values.ckpt_dir):
         if values.ckpt_dir is not None:
             source = loading.fetch(
@@ -55,12 +60,35 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
             )
         config = loading.read_config(source)
         if values.skip_existing:
-            digest = loading.known_digest(source, dtype=values.dtype, cache_dir=values.cache_dir)
+            known = _known(values, source, loras)
     tasks.check_checkpoint(values, config.images)
+    for text, lora in zip(values.lora or (), loras, strict=True):
+        with _naming("lora", text):
+            adapters.check([lora], config.dit)
     jobs = _all_jobs(values, config, settings, found)
     _warn(settings, jobs)
-    placed, skipped = _placed(values, jobs, digest=digest)
-    return Plan(source, config, tuple(placed), tuple(skipped))
+    placed, skipped = _placed(values, jobs, known)
+    return Plan(source, config, tuple(placed), tuple(skipped), loras)
+
+
+def _loras(values: flags.FlagValues) -> tuple[adapters.Chosen, ...]:
+    """The LoRAs of the flags; ValueError for a file that is not there or none."""
+    found: list[adapters.Chosen] = []
+    for text in values.lora or ():
+        with _naming("lora", text):
+            found += adapters.chosen(text)
+    return tuple(found)
+
+
+def _known(
+    values: flags.FlagValues, source: Any, loras: Sequence[adapters.Chosen]
+) -> outputs.Checkpoint:
+    """What tells the checkpoint of this run from others."""
+    digest = loading.known_digest(source, dtype=values.dtype, cache_dir=values.cache_dir)
+    added = adapters.hashed(loras)
+    if digest is not None:
+        digest = adapters.digest(digest, added)
+    return outputs.Checkpoint(values.ckpt_dir, digest, added)
 
 
 def _check_elsewhere(
@@ -74,7 +102,8 @@ def _check_elsewhere(
         config = tasks.likely(values, found)
     else:
         config = tasks.check_checkpoint(values, count)
-    _placed(values, _all_jobs(values, config, settings, found), digest=None)
+    jobs = _all_jobs(values, config, settings, found)
+    _placed(values, jobs, outputs.Checkpoint(values.ckpt_dir))
 
 
 def _all_jobs(
@@ -235,7 +264,7 @@ def _jobs(
 
 
 def _placed(
-    values: flags.FlagValues, jobs: Sequence[Job], *, digest: str | None
+    values: flags.FlagValues, jobs: Sequence[Job], known: outputs.Checkpoint
 ) -> tuple[list[Job], list[Path]]:
     """The jobs to run, each with its output, and the outputs of those that are skipped."""
     now = datetime.datetime.now()
@@ -255,7 +284,7 @@ def _placed(
             raise ValueError(f"--save_file {where.path} is an image to read; give another name")
         found = None
         if values.skip_existing:
-            found = outputs.finished(where, job, taken, checkpoint=values.ckpt_dir, digest=digest)
+            found = outputs.finished(where, job, taken, known)
         if found is not None:
             taken.add(found.target)
             skipped.append(found.path)

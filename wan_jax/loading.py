@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
 from wan_jax.tokenizer import load_tokenizer
-from wan_jax.weights import checkpoint, dit, folders, miniature, remote
+from wan_jax.weights import adapters, checkpoint, dit, folders, miniature, remote
 from wan_jax.weights.hashes import FileHashes
 from wan_jax.weights.sources import Folder, open_folder
 
@@ -51,6 +51,7 @@ def built_in(path: Any) -> WanConfig | None:
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
+    lora: adapters.Choice = None,
     dtype: str = "bfloat16",
     cache_dir: str | os.PathLike[str] | None = None,
     offload: bool = False,
@@ -64,27 +65,54 @@ def load(
     repacked .safetensors file that holds every part; a hub id such as
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"; any of these folders on gs://. What is not converted is,
     once, into cache_dir. "nano-t2v", "nano-i2v" and "nano-flf2v" make and run small checkpoints of
-    random weights, and None the first of these. dtype: "bfloat16", or "float32" to compare number
-    by number. offload: each stage's weights leave the device when it is done. text_on_cpu: UMT5
-    runs on the host. callback: told the progress; notify: told in a sentence what takes long.
+    random weights, and None the first of these. lora: what is added to the DiT: a .safetensors
+    file, "file:scale", (file, scale), or a list of these; the scale is 1 if not given. dtype:
+    "bfloat16", or "float32" to compare number by number. offload: each stage's weights leave the
+    device when it is done. text_on_cpu: UMT5 runs on the host. callback: told the progress;
+    notify: told in a sentence what takes long.
     Raises ValueError naming what is wrong with the files.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} is needed")
     cache = _cache(cache_dir)
     say = notify or (lambda _: None)
+    wanted = adapters.chosen(lora)
     small = built_in(path)
     if small is not None:
         source = _random_miniature(small, _local(cache), say, given=path is not None)
     else:
         assert path is not None
         source = fetch(path, cache_dir=cache_dir, callback=callback, notify=say)
+    if wanted:
+        adapters.check(wanted, read_config(source).dit)
     folder = source
     if not is_checkpoint(source):
         folder = _converted(source, cache, dtype=dtype, callback=callback, say=say)
     checkpoint.check_whole(folder, dtype)
     config = checkpoint.read_config(folder)
-    parts = config.dit.parts
+    loras = adapters.hashed(wanted)
+    loaders = _loaders(folder, config, loras, dtype=dtype, text_on_cpu=text_on_cpu)
+    tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
+    digest = adapters.digest(checkpoint.read_manifest(folder)["digest"], loras)
+    wan = Wan(config, tokenizer, loaders, dtype=dtype, offload=offload, digest=digest, loras=loras)
+    if not offload:
+        for done, part in enumerate((*loaders, None)):
+            if callback is not None:
+                callback(Progress("load", done, len(loaders)))
+            if part is not None:
+                wan.network(part)
+    return wan
+
+
+def _loaders(
+    folder: Any,
+    config: WanConfig,
+    loras: Sequence[adapters.Adapter],
+    *,
+    dtype: str,
+    text_on_cpu: bool,
+) -> dict[str, Callable[[], Any]]:
+    """{part: function that puts it on the device} of a checkpoint."""
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0]) if text_on_cpu else None
     loaders: dict[str, Callable[[], Any]] = {
         part: functools.partial(
@@ -95,18 +123,11 @@ def load(
             dtype=dtype,
             sharding=host if part == "umt5" else None,
         )
-        for part in parts
+        for part in config.dit.parts
     }
-    tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
-    digest = checkpoint.read_manifest(folder)["digest"]
-    wan = Wan(config, tokenizer, loaders, dtype=dtype, offload=offload, digest=digest)
-    if not offload:
-        for done, part in enumerate((*parts, None)):
-            if callback is not None:
-                callback(Progress("load", done, len(parts)))
-            if part is not None:
-                wan.network(part)
-    return wan
+    if loras:
+        loaders["dit"] = adapters.with_loras(loaders["dit"], config.dit, loras)
+    return loaders
 
 
 def _cache(path: str | os.PathLike[str] | None) -> Any:

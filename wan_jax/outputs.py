@@ -5,7 +5,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +14,7 @@ from absl import flags
 
 from wan_jax import files, labels, media
 from wan_jax.request import Request
+from wan_jax.weights.adapters import Adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,17 @@ class Place(NamedTuple):
 
     path: Path
     pattern: re.Pattern[str] | None = None
+
+
+class Checkpoint(NamedTuple):
+    """What a video is to be made with.
+
+    path: as it was given. digest: of its contents and the LoRAs', where that is known.
+    """
+
+    path: str | None
+    digest: str | None = None
+    loras: tuple[Adapter, ...] = ()
 
 
 class Found(NamedTuple):
@@ -118,11 +130,11 @@ def target(path: Path, frames: int) -> Path:
 
 
 def finished(
-    where: Place, job: Job, taken: Collection[Path], *, checkpoint: str | None, digest: str | None
+    where: Place, job: Job, taken: Collection[Path], checkpoint: Checkpoint
 ) -> Found | None:
     """The output that an earlier run made of this job, if there is one.
 
-    checkpoint, digest: as given, and of its contents where that is known. What a run left must
+    What a run left must
     tell of the same settings; a file that was asked for by name and tells nothing counts too.
     """
     frames = job.settings["frames"]
@@ -139,7 +151,7 @@ def finished(
         facts = _facts(whole)
         if facts is None and where.pattern is None:
             return Found(path, whole, None)
-        if facts is not None and _agrees(facts, job, checkpoint, digest):
+        if facts is not None and _agrees(facts, job, checkpoint):
             return Found(path, whole, facts.get("seed"))
     return None
 
@@ -186,12 +198,27 @@ def _facts(whole: Path) -> dict[str, Any] | None:
         return {}
 
 
-def _agrees(facts: dict[str, Any], job: Job, checkpoint: str | None, digest: str | None) -> bool:
+def _agrees(facts: dict[str, Any], job: Job, checkpoint: Checkpoint) -> bool:
     if any(k not in facts or facts[k] != v for k, v in job.wanted.items()):
         return False
-    if digest is not None:
-        return facts.get("checkpoint_digest") == digest
-    given = facts.get("checkpoint")
-    if given is None or checkpoint is None:
-        return given is checkpoint
-    return os.path.abspath(given) == os.path.abspath(checkpoint)
+    if checkpoint.digest is not None:
+        return facts.get("checkpoint_digest") == checkpoint.digest
+    if _contents(facts.get("loras", [])) != _contents(described(checkpoint.loras)):
+        return False
+    given, wanted = facts.get("checkpoint"), checkpoint.path
+    if given is None or wanted is None:
+        return given is wanted
+    return os.path.abspath(given) == os.path.abspath(wanted)
+
+
+def described(loras: Sequence[Adapter]) -> list[dict[str, Any]]:
+    """LoRAs as a record has them."""
+    return [{"path": str(x.path), "scale": x.scale, "sha256": x.sha256} for x in loras]
+
+
+def _contents(loras: Any) -> list[Any] | None:
+    """What makes LoRAs of a record what they are, whatever their order; None if it is damaged."""
+    try:
+        return sorted((str(lora["sha256"]), float(lora["scale"])) for lora in loras)
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -19,6 +19,7 @@ from wan_jax.config import WanConfig
 from wan_jax.dit import Cond, DiT
 from wan_jax.fitting import Fit
 from wan_jax.request import Request, check_noise, make_request
+from wan_jax.weights.adapters import Adapter
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -63,7 +64,8 @@ class Wan:
 
     loaders: {"dit" | "vae" | "umt5" | "clip": function that puts the network on the device}.
     offload: each stage's weights leave the device when it is done and are read again when needed.
-    digest: SHA-256 over those of the source files, or "" for networks from elsewhere.
+    digest: SHA-256 over those of the source files and of the LoRAs, or "" for networks from
+    elsewhere. loras: what was added to the DiT.
     """
 
     config: WanConfig
@@ -72,6 +74,7 @@ class Wan:
     dtype: str = "bfloat16"
     offload: bool = False
     digest: str = ""
+    loras: tuple[Adapter, ...] = ()
     _resident: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def network(self, part: str, callback: Callback | None = None) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 import wan_jax
-from wan_jax import labels, loading, machine, media, noise, pipeline, resume
+from wan_jax import labels, loading, machine, media, noise, outputs, pipeline, resume
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.jobs import Plan
 from wan_jax.outputs import Job, record_path, target
@@ -37,6 +37,7 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
     report = Reporter()
     wan = wan_jax.load(
         plan.source,
+        lora=plan.loras,
         dtype=values.dtype,
         cache_dir=values.cache_dir,
         offload=values.offload_model,
@@ -264,6 +265,7 @@ class _Run:
             "config": values.config,
             "checkpoint": values.ckpt_dir,
             "checkpoint_digest": self.wan.digest,
+            **({"loras": outputs.described(self.wan.loras)} if self.wan.loras else {}),
             "offload_model": values.offload_model,
             **self._made_by(),
             "resumed_after": None if self.saved is None else self.saved.carry.done,

@@ -32,8 +32,11 @@ def _attention(target: str, wan: str, diffusers: str) -> list[Rule]:
     return rules
 
 
-def _image_rules(config: DiTConfig) -> list[Rule]:
-    """What an image adds: the MLP before the blocks, and keys and values in each."""
+def _image_rules(*, positions: bool) -> list[Rule]:
+    """What an image adds: the MLP before the blocks, and keys and values in each.
+
+    positions: whether a table tells the tokens of two images apart.
+    """
     wan, diffusers = "img_emb.proj", "condition_embedder.image_embedder"
     b = "blocks.{i}"
     rules = [
@@ -47,7 +50,7 @@ def _image_rules(config: DiTConfig) -> list[Rule]:
         rules += _linear(f"{target}.{name}_img", f"{ours}.{name}_img", f"{theirs}.add_{name}_proj")
     norm = f"{ours}.norm_k_img.weight", f"{theirs}.norm_added_k.weight"
     rules.append(Rule(f"{target}.norm_k_img.scale", *norm))
-    if config.image_positions is not None:
+    if positions:
         table = f"{wan.removesuffix('.proj')}.emb_pos", f"{diffusers}.pos_embed"
         rules.append(Rule("image.positions", *table, _SQUEEZE))
     return rules
@@ -64,7 +67,8 @@ def table(config: DiTConfig) -> Table:
     """The rules of a DiT, with an image branch or without."""
     if config.image_dim is None:
         return TABLE
-    return Table((*TABLE.rules, *_image_rules(config)), ignored=TABLE.ignored)
+    rules = _image_rules(positions=config.image_positions is not None)
+    return Table((*TABLE.rules, *rules), ignored=TABLE.ignored)
 
 
 def _table() -> Table:
@@ -92,6 +96,7 @@ def _table() -> Table:
 
 
 TABLE = _table()
+EVERY = Table((*TABLE.rules, *_image_rules(positions=True)))  # of all kinds of DiT together
 
 
 _NAMES = {
