@@ -100,3 +100,8 @@ LORA_ROUNDED_SHARE = 2e-3  # float32 sums that fall beside a tie of bfloat16; me
 LORA_TWICE_ROUNDED_SHARE = 0.05  # of values that a second rounding moves, at least; measured 0.27
 LORA_DIFFUSERS = 2e-6  # merged, or beside the product as in PEFT: float32 sums; measured 5e-7
 LORA_MATTERS = 0.01  # a LoRA moves the output of the DiT at least so far
+
+# Training data
+DATA_LATENTS = 1e-6  # one program over a whole video sums as the chunks do; measured 3.4e-7
+DATA_SCALED = 2.2  # levels of 255: 8-bit 4:2:0 colour, resized by ffmpeg and by Pillow
+DATA_ALIAS = 0.02  # of -1..1: what is left of a checkerboard of single pixels at a quarter

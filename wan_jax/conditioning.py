@@ -67,6 +67,24 @@ def pixel_chunks(
     return _chunks(first, last, (frames - 1) // stride, stride)
 
 
+def video_chunks(pixels: np.ndarray, *, stride: int = STRIDE) -> Iterator[np.ndarray]:
+    """A whole video as pixel_chunks() gives one that is grey but for its ends.
+
+    pixels: float32 [f, y, x, 3], f = 4n + 1, in -1..1. Yields views of it. Raises ValueError, at
+    once, for another number of frames, shape or dtype.
+    """
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.float32:
+        raise ValueError(
+            f"the video has shape {pixels.shape} and dtype {pixels.dtype}; float32 [f, y, x, 3] is "
+            "needed"
+        )
+    _check_frames(len(pixels), stride)
+    starts = range(1, len(pixels), stride)
+    return (
+        pixels[None, start:stop] for start, stop in [(0, 1), *((k, k + stride) for k in starts)]
+    )
+
+
 def _chunks(
     first: np.ndarray, last: np.ndarray | None, count: int, stride: int
 ) -> Iterator[np.ndarray]:

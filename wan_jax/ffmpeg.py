@@ -1,4 +1,4 @@
-"""Runs ffmpeg: frames go in through a pipe and an .mp4, .gif or .webp file comes out.
+"""Runs ffmpeg: frames go through a pipe into an .mp4, .gif or .webp file, or out of a video file.
 
 A leaf: NumPy, imageio's ffmpeg and the standard library.
 """
@@ -33,6 +33,8 @@ _ARGUMENTS = {
     ".webp": ["-vcodec", "libwebp_anim", "-pix_fmt", "bgra", "-quality", "95", "-loop", "0"]
     + ["-f", "webp", "-v", "error"],
 }
+# Containers, not playlists, which name further files. Which codecs is up to the ffmpeg.
+_CONTAINERS = "mov,matroska,webm,gif,avi,mpegts,mpeg,flv,asf,ogg"
 _STDERR_LINES = 8
 _EXIT_SECONDS = 10.0
 
@@ -65,6 +67,57 @@ def encode(frames: Iterator[np.ndarray], path: Path, *, fps: float) -> None:
                 command = _encode_command(path, size=(width, height), fps=fps)
                 write = stack.enter_context(_encoder(command, path.suffix))
             write(frame)
+
+
+def decode(path: Path, *, size: tuple[int, int], fps: float, frames: int) -> Iterator[np.ndarray]:
+    """Frames of a video file from its start, uint8 [y, x, 3], one by one as they are decoded.
+
+    size: (width, height). The picture as it is meant to be seen, upright and with square pixels, is
+    resized to cover that, bicubic and without aliasing, and cut at its centre. fps: frames a
+    second; those of the file are repeated or left out. frames: at most so many; the file may have
+    fewer, and nothing past them is read.
+    Raises ValueError if there is no ffmpeg, OSError with its own words if it cannot read the file
+    so far; a frame that it finds damaged counts as that, though players would show something.
+    """
+    program = _any_program(path)
+    width, height = size
+    command = [program, "-nostdin", "-v", "error", "-xerror", "-protocol_whitelist", "file"]
+    command += ["-format_whitelist", _CONTAINERS, "-i", _file(path), "-map", "0:V:0"]
+    command += ["-vf", _covering(size, fps), "-frames:v", str(frames)]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    words: collections.deque[bytes] = collections.deque(maxlen=_STDERR_LINES)
+    reader = threading.Thread(target=words.extend, args=(process.stderr,), daemon=True)
+    reader.start()
+    try:
+        for _ in range(frames):
+            data = process.stdout.read(height * width * 3)
+            if len(data) < height * width * 3:
+                break
+            yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        else:  # what it runs into beyond is no matter
+            return
+        if process.wait() != 0:
+            reader.join(_EXIT_SECONDS)
+            raise OSError(_failure(f"reading {path}", process.returncode, list(words)))
+    finally:
+        process.kill()  # does nothing to one that has ended
+        process.wait()
+        process.stdout.close()
+        reader.join(_EXIT_SECONDS)
+        process.stderr.close()
+
+
+def check_decoder(path: Path) -> None:
+    """Raises ValueError, naming what to install, if there is no ffmpeg to read a video with."""
+    _any_program(path)
 
 
 def add_tags(source: Path, target: Path, *, tags: Mapping[str, str]) -> None:
@@ -117,6 +170,22 @@ def _program(path: Path) -> str:
     return program
 
 
+def _any_program(path: Path) -> str:
+    """Any ffmpeg, for reading; ValueError naming what to install if there is none."""
+    try:
+        import imageio_ffmpeg
+
+        program: str = imageio_ffmpeg.get_ffmpeg_exe()
+        _encoders(program)  # runs it
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"path {str(path)!r}: reading videos needs ffmpeg ({error}); accepted: images, or "
+            "videos after `pip install imageio[ffmpeg]`, or with IMAGEIO_FFMPEG_EXE naming an "
+            "ffmpeg"
+        ) from error
+    return program
+
+
 @functools.cache
 def _encoders(program: str) -> frozenset[str]:
     """The encoders that an ffmpeg was built with (some distributions leave libx264 out)."""
@@ -146,6 +215,19 @@ def _encode_command(path: Path, *, size: tuple[int, int], fps: float) -> list[st
     command += ["-s", f"{size[0]}x{size[1]}", "-pix_fmt", "rgb24"]
     command += ["-r", str(Fraction(fps).limit_denominator()), "-i", "-", "-an"]
     return [*command, *_ARGUMENTS[path.suffix.lower()], _file(path)]
+
+
+def _covering(size: tuple[int, int], fps: float) -> str:
+    """The filters of decode()."""
+    width, height = size
+    # From 0, as a file may start later. "dar" is the shape of the picture as it is shown. To RGB
+    # before the cut, as 4:2:0 would put that on even pixels.
+    scale = f"w='max({width},round({height}*dar))':h='max({height},round({width}/dar))'"
+    return (
+        f"setpts=PTS-STARTPTS,fps={Fraction(fps).limit_denominator()},"
+        f"scale={scale}:flags=bicubic+accurate_rnd+full_chroma_int,"
+        f"format=rgb24,crop={width}:{height}"
+    )
 
 
 def _file(path: Path) -> str:

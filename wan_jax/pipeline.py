@@ -18,7 +18,7 @@ from wan_jax import noise as noise_module
 from wan_jax.config import WanConfig
 from wan_jax.dit import Cond, DiT
 from wan_jax.fitting import Fit
-from wan_jax.request import Request, check_noise, make_request
+from wan_jax.request import Request, check_noise, latent_shape, make_request
 from wan_jax.weights.adapters import Adapter
 
 if TYPE_CHECKING:
@@ -88,11 +88,19 @@ class Wan:
     @contextlib.contextmanager
     def _stage(self, part: str, callback: Callback | None) -> Iterator[Any]:
         """The network for the length of a block; with offloading it then leaves the device."""
+        held = part in self._resident
         try:
             yield self.network(part, callback)
         finally:
-            if self.offload:
+            if self.offload and not held:
                 self._resident.pop(part, None)
+
+    @contextlib.contextmanager
+    def hold(self, part: str, callback: Callback | None = None) -> Iterator[None]:
+        """Keeps a network on the device while several calls in the block use it in turn."""
+        with self._stage(part, callback) as network:
+            del network
+            yield
 
     def generate(
         self,
@@ -170,35 +178,60 @@ class Wan:
 
     def encode_images(self, request: Request, callback: Callback | None = None) -> Known | None:
         """What the images of a request tell of its videos; None for text to video."""
-        frames = request.images
-        if not frames:
+        if not request.images:
             return None
-        count, height, width, _ = request.latent_shape
+        tokens = self.encode_views(np.stack([frame.view for frame in request.images]), callback)
+        return Known(self.encode_known(request, callback), tokens)
+
+    def encode_views(self, views: np.ndarray, callback: Callback | None = None) -> np.ndarray:
+        """CLIP's tokens [1, s, d], float32, of what it sees of a request's images.
+
+        views: [n, side, side, 3] float32 in -1..1, n = 1, or 2 with a last frame.
+        """
         with self._stage("clip", callback) as tower:
             _tell(callback, "clip", 0, 1)
-            views = _commit(jnp.asarray(np.stack([frame.view for frame in frames])))
-            tokens = np.asarray(_encode_view(tower, views), np.float32)
+            tokens = np.asarray(_encode_view(tower, _commit(jnp.asarray(views))), np.float32)
             _tell(callback, "clip", 1, 1)
             del tower
-        latents = []
+        return tokens.reshape(1, -1, tokens.shape[-1])
+
+    def encode_known(self, request: Request, callback: Callback | None = None) -> np.ndarray:
+        """Known.channels of a request with images."""
+        stride, frames = self.config.vae.temporal_stride, request.images
+        count, height, width, _ = request.latent_shape
+        last = frames[1].pixels if len(frames) > 1 else None
+        chunks = conditioning.pixel_chunks(
+            frames[0].pixels, frames=request.frames, last=last, stride=stride
+        )
+        latents = self._encode(chunks, count, "the image", callback)
+        mask = conditioning.mask_bthwc(
+            request.frames, height=height, width=width, last=last is not None, stride=stride
+        )
+        return np.concatenate([mask, latents], axis=-1)
+
+    def encode_video(self, pixels: np.ndarray, callback: Callback | None = None) -> np.ndarray:
+        """Latents [1, t, h, w, z], float32, of a video: what denoising it should end in.
+
+        pixels: float32 [f, y, x, 3] in -1..1, f = 4n + 1, sides in multiples of 16. Raises
+        ValueError for another shape, sampler.DivergedError for latents that are not finite.
+        """
+        stride = self.config.vae.temporal_stride
+        chunks = conditioning.video_chunks(pixels, stride=stride)
+        latent_shape(self.config, size=pixels.shape[2:0:-1], frames=len(pixels))
+        return self._encode(chunks, 1 + (len(pixels) - 1) // stride, "the video", callback)
+
+    def _encode(
+        self, chunks: Iterator[np.ndarray], count: int, what: str, callback: Callback | None
+    ) -> np.ndarray:
+        """Latents [1, count, h, w, z] of the chunks of `what`."""
+        latents: list[np.ndarray] = []
         with self._stage("vae", callback) as network:
             _tell(callback, "image", 0, count)
-            last = frames[1].pixels if len(frames) > 1 else None
-            for latent in streaming.encode(
-                network, frames[0].pixels, last, frames=request.frames, dtype=self.dtype
-            ):
+            for latent in streaming.encode(network, chunks, dtype=self.dtype, what=what):
                 latents.append(latent)
                 _tell(callback, "image", len(latents), count)
             del network
-        mask = conditioning.mask_bthwc(
-            request.frames,
-            height=height,
-            width=width,
-            last=len(frames) > 1,
-            stride=self.config.vae.temporal_stride,
-        )
-        channels = np.concatenate([mask, np.concatenate(latents, axis=1)], axis=-1)
-        return Known(channels, tokens.reshape(1, -1, tokens.shape[-1]))
+        return np.concatenate(latents, axis=1)
 
     def decode(
         self, latents: Any, *, dtype: str = "uint8", callback: Callback | None = None

@@ -5,7 +5,7 @@ with the length of a video.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wan_jax import conditioning, vae, xla
+from wan_jax import vae, xla
 from wan_jax.sampler import DivergedError
 
 Array = jax.Array
@@ -24,27 +24,27 @@ DECODE_CHUNK = 2
 
 
 def encode(
-    network: vae.VAE, first: np.ndarray, last: np.ndarray | None, *, frames: int, dtype: str
+    network: vae.VAE, chunks: Iterable[np.ndarray], *, dtype: str, what: str
 ) -> Iterator[np.ndarray]:
-    """Latents [1, 1, h, w, z] float32 of a video that is grey but for a first and a last frame.
+    """Latents [1, 1, h, w, z] float32 of a video, a latent frame at a time.
 
-    first, last: float32 [y, x, 3] in -1..1 at the video's size. frames: 1 + 4n. dtype: of the run,
-    "bfloat16" or "float32". Raises DivergedError for latents that are not finite.
+    chunks: float32 in -1..1, [1, 1, y, x, 3] and then [1, 4, y, x, 3] each, as
+    conditioning.pixel_chunks or video_chunks give them. dtype: of the run, "bfloat16" or "float32".
+    Raises DivergedError, which says `what` the video is, for latents that are not finite.
     """
     config = network.config
-    height, width = (side // config.spatial_stride for side in first.shape[:2])
-    state = vae.encoder_state(config, 1, height=height, width=width)
-    stride = config.temporal_stride
+    state: vae.State | None = None
     before: np.ndarray | None = None
-    for i, pixels in enumerate(
-        conditioning.pixel_chunks(first, frames=frames, last=last, stride=stride)
-    ):
+    for i, pixels in enumerate(chunks):
+        if state is None:
+            height, width = (side // config.spatial_stride for side in pixels.shape[2:4])
+            state = vae.encoder_state(config, 1, height=height, width=width)
         if pixels is not before:  # grey chunks are one array, and cross to the device once
             placed, before = jax.device_put(pixels, jax.devices()[0]), pixels
         latents, state = _encode_program(i == 0, dtype)(network, placed, state)
         found = np.asarray(latents)
         if not np.isfinite(found).all():
-            raise DivergedError(f"the image's latents became NaN or infinite at latent frame {i}")
+            raise DivergedError(f"{what}'s latents became NaN or infinite at latent frame {i}")
         yield found
 
 
