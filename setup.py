@@ -41,6 +41,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13", "nvidia-cudnn-cu13>=9.19"],
         "tpu": ["jax[tpu]>=0.10,<0.13", GCS],
         "gcs": [GCS],  # gs:// paths
+        "train": ["tensorboardX>=2.6"],  # --tensorboard
         # torch is pinned to the release with a CPU build that the parity bounds were set on.
         "test": [
             "pytest==9.2.0",

@@ -13,7 +13,7 @@ norms, modulation, time path and head in float32.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flax import nnx
 from jax import lax
 
 from wan_jax import rope
-from wan_jax.attention import attention
+from wan_jax.attention import attention, is_attention
 from wan_jax.config import DiTConfig
 from wan_jax.layers import (
     LayerNorm,
@@ -38,6 +38,7 @@ from wan_jax.layers import (
 
 Array = jax.Array
 MAX_TIMESTEP = 1000
+REMAT = ("none", "attention", "full")
 IMAGE_EPS = 1e-5  # of the norms around the image MLP, PyTorch's default
 
 
@@ -195,11 +196,14 @@ class DiT(nnx.Module):
         residuals: Array | None = None,
         fetch: Callable[[Block], Block] | None = None,
         implementation: str | None = None,
+        remat: str = "none",
     ) -> Array:
         """Run the stack, or the blocks of `layers`, on tokens [b, l, d] float32.
 
         residuals: [layers run, b, l, d], added after each block. fetch: brings one layer's weights
-        to the device inside the scan. implementation: which attention (see attention()).
+        to the device inside the scan. implementation: which attention (see attention()). remat: for
+        training, one of REMAT: what of a block the way back computes again instead of keeping it;
+        "attention" is everything but the attention's kernel, which is kept where it is cuDNN's.
         """
         stack = self.layers
         if layers is not None:
@@ -212,7 +216,7 @@ class DiT(nnx.Module):
             h = self._block(layer, h, mod, kv, implementation)
             return (h if residual is None else h + residual.astype(h.dtype)), None
 
-        return lax.scan(body, h_bld, (stack, cond, residuals))[0]
+        return lax.scan(_remat(body, remat), h_bld, (stack, cond, residuals))[0]
 
     def head(self, h_bld: Array, mod: Modulation) -> Array:
         """Tokens -> velocity [b, t, h, w, out_channels], float32."""
@@ -221,11 +225,20 @@ class DiT(nnx.Module):
         return _unpatchify(linear(self.head_proj, normed), mod.grid, self.config)
 
     def __call__(
-        self, latents_bthwc: Array, t_b: Array, cond: Cond, *, implementation: str | None = None
+        self,
+        latents_bthwc: Array,
+        t_b: Array,
+        cond: Cond,
+        *,
+        implementation: str | None = None,
+        remat: str = "none",
     ) -> Array:
-        """Velocity [b, t, h, w, out_channels], float32, of latents at timesteps t (0..1000)."""
+        """Velocity [b, t, h, w, out_channels], float32, of latents at timesteps t (0..1000).
+
+        implementation, remat: see blocks().
+        """
         h, mod = self.embed(latents_bthwc, t_b)
-        return self.head(self.blocks(h, mod, cond, implementation=implementation), mod)
+        return self.head(self.blocks(h, mod, cond, implementation=implementation, remat=remat), mod)
 
     def _keys_and_values(
         self, key: Linear, norm: RMSNorm, value: Linear, tokens: Array
@@ -296,6 +309,16 @@ class DiT(nnx.Module):
         )
         y = attention(q, k, self._heads(v), implementation=implementation)
         return linear(weights.o, y.reshape(x.shape)).astype(jnp.float32)
+
+
+def _remat(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """The scan's body, which keeps for its gradient no more than `remat` says."""
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}; one of {REMAT} is needed")
+    if remat == "none":
+        return body
+    policy = is_attention if remat == "attention" else None
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan needs no such guard
 
 
 def _norm3(layer: Block, h: Array, eps: float) -> Array:

@@ -178,22 +178,38 @@ def _statistics(config: VAEConfig) -> tuple[Array, Array]:
     )
 
 
+def _moments(
+    vae: VAE, frames: Array, state: State, *, first: bool, precision: lax.Precision
+) -> tuple[Array, State]:
+    """Means and log-variances of raw latents, [b, t, h, w, 2 z]."""
+    h, state = _run_encoder(vae.encoder, frames, state, first=first, precision=precision)
+    return conv1x1(vae.quant, h, precision=precision).astype(jnp.float32), state
+
+
 def _encode(
     vae: VAE, frames: Array, state: State, *, first: bool, precision: lax.Precision
 ) -> tuple[Array, State]:
-    h, state = _run_encoder(vae.encoder, frames, state, first=first, precision=precision)
-    h = conv1x1(vae.quant, h, precision=precision)
+    h, state = _moments(vae, frames, state, first=first, precision=precision)
     mean, std = _statistics(vae.config)
-    return (h[..., : vae.config.z_dim].astype(jnp.float32) - mean) / std, state
+    return (h[..., : vae.config.z_dim] - mean) / std, state
+
+
+def _frames(
+    vae: VAE, raw: Array, state: State, *, first: bool, precision: lax.Precision
+) -> tuple[Array, State]:
+    """Frames of raw latents, not clipped."""
+    z = conv1x1(vae.post_quant, raw, precision=precision)
+    frames, state = _run_decoder(vae.decoder, z, state, first=first, precision=precision)
+    return frames.astype(jnp.float32), state
 
 
 def _decode(
     vae: VAE, latents: Array, state: State, *, first: bool, precision: lax.Precision
 ) -> tuple[Array, State]:
     mean, std = _statistics(vae.config)
-    z = conv1x1(vae.post_quant, latents.astype(jnp.float32) * std + mean, precision=precision)
-    frames, state = _run_decoder(vae.decoder, z, state, first=first, precision=precision)
-    return jnp.clip(frames.astype(jnp.float32), -1.0, 1.0), state
+    raw = latents.astype(jnp.float32) * std + mean
+    frames, state = _frames(vae, raw, state, first=first, precision=precision)
+    return jnp.clip(frames, -1.0, 1.0), state
 
 
 def _check(name: str, value: Array, channels: int) -> None:
@@ -350,3 +366,34 @@ def decode(
         read=1,
         write=vae.config.temporal_stride,
     )
+
+
+def moments(vae: VAE, frames: Array, *, precision: lax.Precision = HIGHEST) -> tuple[Array, Array]:
+    """Mean and log-variance of the raw latents of a whole video, for training.
+
+    frames: [b, 1 + 4n, y, x, 3] in -1..1, all of them one chunk. Both are [b, 1 + n, y/8, x/8, z],
+    float32.
+    """
+    stride = vae.config.spatial_stride
+    batch, _, height, width, _ = frames.shape
+    dtype = vae.encoder.conv_in.kernel.dtype
+    grid = {"height": height // stride, "width": width // stride}
+    state = encoder_state(vae.config, batch, dtype=dtype, **grid)
+    run = functools.partial(_moments, vae, precision=precision)
+    return tuple(jnp.split(_whole(run, frames, state), 2, axis=-1))  # type: ignore[return-value]
+
+
+def reconstruct(vae: VAE, raw: Array, *, precision: lax.Precision = HIGHEST) -> Array:
+    """Frames [b, 1 + 4n, 8h, 8w, 3], float32 and not clipped, of what moments() gives."""
+    batch, _, height, width, _ = raw.shape
+    dtype = vae.decoder.conv_in.kernel.dtype
+    state = decoder_state(vae.config, batch, height=height, width=width, dtype=dtype)
+    return _whole(functools.partial(_frames, vae, precision=precision), raw, state)
+
+
+def _whole(run: Callable[..., tuple[Array, State]], source: Array, state: State) -> Array:
+    """The first frame and then all others at once."""
+    head, state = run(source[:, :1], state, first=True)
+    if source.shape[1] == 1:
+        return head
+    return jnp.concatenate([head, run(source[:, 1:], state, first=False)[0]], axis=1)

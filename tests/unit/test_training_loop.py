@@ -1,0 +1,195 @@
+"""The training loop on a problem small enough to know the answer of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wan_jax.sampler import DivergedError
+from wan_jax.training import flow, metrics
+from wan_jax.training.loop import LoopConfig, run
+from wan_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from wan_jax.training.step import Params, State, make_state, make_step
+
+OPTIMIZER = OptimizerConfig(steps=12, learning_rate=0.05, warmup_steps=2, ema_decay=0.9)
+LOOP = LoopConfig(seed=3, log_every=2, checkpoint_every=4)
+
+
+def params() -> Params:
+    return {"net": {"layer.kernel": jnp.ones((3, 2)), "layer.bias": jnp.zeros((2,))}}
+
+
+def loss(params: Params, frozen: Any, batch: Any, key: jax.Array) -> Any:
+    noise = 0.01 * jax.random.normal(key, batch["y"].shape)
+    net = params["net"]
+    error = batch["x"] @ net["layer.kernel"] + net["layer.bias"] + noise - batch["y"]
+    return jnp.mean(jnp.square(error)), {"largest": jnp.max(jnp.abs(error))}
+
+
+def batches(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    x = rng.standard_normal((8, 3)).astype(np.float32)
+    return {"x": x, "y": x @ np.array([[1, -1], [2, 0], [0, 3]], np.float32)}
+
+
+def same(one: Any, other: Any) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return metrics.read(out / metrics.FILE)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(params(), loss, batches, out, optimizer=OPTIMIZER, loop=LOOP)
+
+
+def test_it_learns_and_writes_down_every_step(whole: tuple[Path, State]) -> None:
+    found = lines(whole[0])
+    assert [line["step"] for line in found] == list(range(1, 13))
+    assert found[-1]["loss"] < 0.9 * found[0]["loss"]
+    assert set(found[0]) == {"step", "loss", "grad_norm", "learning_rate", "largest"}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 7, 11])
+def test_a_run_that_is_cut_short_goes_on_to_the_same_bits(
+    whole: tuple[Path, State], tmp_path: Path, at: int
+) -> None:
+    def dying(step: int) -> Any:
+        if step == at:
+            raise Killed
+        return batches(step)
+
+    with pytest.raises(Killed):
+        run(params(), loss, dying, tmp_path, optimizer=OPTIMIZER, loop=LOOP)
+    state = run(params(), loss, batches, tmp_path, optimizer=OPTIMIZER, loop=LOOP)
+    assert same(state, whole[1])
+    assert lines(tmp_path) == lines(whole[0])
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped(whole: tuple[Path, State], tmp_path: Path) -> None:
+    file = tmp_path / metrics.FILE
+    text = (whole[0] / metrics.FILE).read_text()
+    file.write_text(text[: len(text) // 2])
+    kept = metrics.read(file)
+    assert 0 < len(kept) < 12
+    with metrics.Metrics(tmp_path, step=3):
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_finished_run_is_left_as_it_is(whole: tuple[Path, State]) -> None:
+    def none(step: int) -> Any:
+        raise AssertionError(step)
+
+    assert same(run(params(), loss, none, whole[0], optimizer=OPTIMIZER, loop=LOOP), whole[1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [({"optimizer": OptimizerConfig(steps=12, learning_rate=0.1)}, "optimizer"),
+     ({"loop": LoopConfig(seed=4)}, "seed"), ({"facts": {"data": "other"}}, "data")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_training_is_refused(
+    whole: tuple[Path, State], changed: dict[str, Any], name: str
+) -> None:
+    arguments = {"optimizer": OPTIMIZER, "loop": LOOP} | changed
+    with pytest.raises(ValueError, match=f"training with {name} = .*another --out"):
+        run(params(), loss, batches, whole[0], **arguments)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    def bad(step: int) -> Any:
+        batch = batches(step)
+        return batch | {"y": batch["y"] * (np.inf if step == 6 else 1)}
+
+    with pytest.raises(DivergedError, match="at step 7"):
+        run(params(), loss, bad, tmp_path, optimizer=OPTIMIZER, loop=LOOP)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4"]
+    assert [line["step"] for line in lines(tmp_path)][:6] == [1, 2, 3, 4, 5, 6]
+
+
+def test_pieces_of_a_batch_give_the_gradient_of_the_whole() -> None:
+    def quiet(params: Params, frozen: Any, batch: Any, key: jax.Array) -> Any:
+        net = params["net"]
+        error = batch["x"] @ net["layer.kernel"] + net["layer.bias"] - batch["y"]
+        return jnp.mean(jnp.square(error)), {}
+
+    after = []
+    for pieces in (1, 4):
+        state = make_state(params(), OPTIMIZER, seed=0)
+        step = make_step(quiet, OPTIMIZER, accumulate=pieces)
+        for number in range(3):
+            state, _ = step(state, None, batches(number))
+        after.append(state)
+    for one, other in zip(jax.tree.leaves(after[0]), jax.tree.leaves(after[1]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_follows_and_can_be_left_out(whole: tuple[Path, State]) -> None:
+    state = whole[1]
+    assert not same(state.ema, state.params)
+    none = OptimizerConfig(steps=1, learning_rate=0.1, warmup_steps=0, ema_decay=0.0)
+    assert make_state(params(), none, seed=0).ema == {}
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
+    config = OptimizerConfig(steps=110, learning_rate=1.0, warmup_steps=10, final_ratio=0.2)
+    rate = learning_rate(config)
+    with jax.numpy_dtype_promotion("standard"):
+        values = [float(rate(step)) for step in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(values, [0.0, 0.5, 1.0, 0.6, 0.2], atol=1e-6)
+
+
+def test_norms_and_biases_are_not_decayed() -> None:
+    config = OptimizerConfig(steps=2, learning_rate=1.0, warmup_steps=0, weight_decay=0.5)
+    weights = {"net": {"a.kernel": jnp.ones((2, 2)), "a.scale": jnp.ones((2,))}}
+    optimizer = make_optimizer(config)
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(zeros, optimizer.init(weights), weights)
+    assert float(updates["net"]["a.kernel"][0, 0]) == pytest.approx(-0.5)
+    assert float(updates["net"]["a.scale"][0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerConfig(steps=0, learning_rate=1.0), "steps is 0"),
+        (lambda: OptimizerConfig(steps=10, learning_rate=1.0, warmup_steps=-1), "warmup_steps"),
+        (lambda: OptimizerConfig(steps=10, learning_rate=-1.0), "learning_rate is -1"),
+        (lambda: LoopConfig(keep=0), "keep is 0"),
+        (lambda: LoopConfig(log_every=True), "log_every is True"),
+        (lambda: flow.FlowConfig(shift=0.0), "shift is 0"),
+        (lambda: flow.FlowConfig(text_dropout=1.5), "text_dropout is 1.5"),
+        (lambda: flow.FlowConfig(sampling="other"), "sampling is 'other'"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_out_of_range(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_metrics_are_json(whole: tuple[Path, State]) -> None:
+    text = (whole[0] / metrics.FILE).read_text().splitlines()
+    assert all(isinstance(json.loads(line), dict) for line in text)
+
+
+def test_sigmas_are_shifted() -> None:
+    key = jax.random.PRNGKey(0)
+    plain = flow.draw_sigmas(key, 4000, flow.FlowConfig(shift=1.0, sampling="uniform"))
+    shifted = flow.draw_sigmas(key, 4000, flow.FlowConfig(shift=3.0, sampling="uniform"))
+    np.testing.assert_allclose(shifted, 3 * plain / (1 + 2 * plain), rtol=1e-6)
+    normal = flow.draw_sigmas(key, 4000, flow.FlowConfig(shift=1.0))
+    assert abs(float(jnp.mean(normal)) - 0.5) < 0.02
+    assert float(jnp.std(normal)) < float(jnp.std(plain))

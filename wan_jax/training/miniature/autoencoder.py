@@ -1,0 +1,178 @@
+"""The stage "vae": the autoencoder learns to draw the world again from few numbers.
+
+It sees whole frames, half a clip at a time. Afterwards the latents' mean and deviation are
+measured, with which they are normalised from then on.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from wan_jax import vae, xla
+from wan_jax.config import VAEConfig
+from wan_jax.training import loop
+from wan_jax.training.miniature import files, networks, world
+from wan_jax.training.miniature.render import render
+from wan_jax.training.optimizer import OptimizerConfig
+from wan_jax.training.step import Params, State
+from wan_jax.weights import trees
+
+Array = jax.Array
+
+KL_WEIGHT = 1e-5  # in squared pixel values for each latent number
+L1_WEIGHT = 0.05
+_CLIPS = 8
+_FRAMES = 17  # of the clip, from anywhere in it
+_SPOILED = 0.04
+_TEST_SEED = 1_000_000
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["fields", "start"], meta_fields=["size"]
+)
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """Scenes to draw, of one size (width, height); start: int32 [b], the first frame of each."""
+
+    fields: dict[str, Any]
+    start: Any
+    size: tuple[int, int]
+
+
+def batch(step: int, *, seed: int) -> Clips:
+    """The clips of a step, a function of step and seed; sizes take turns."""
+    rng = np.random.default_rng((seed, step))
+    size = world.FRAME_SIZES[step % len(world.FRAME_SIZES)]
+    scenes = [world.draw(rng, size=size, held_out=False, spoil=_SPOILED) for _ in range(_CLIPS)]
+    start = rng.integers(0, world.FRAMES - _FRAMES + 1, _CLIPS).astype(np.int32)
+    return Clips(world.fields(scenes), start, size)
+
+
+def draw(clips: Clips) -> Array:
+    """The frames [b, f, y, x, 3] of the clips."""
+    frames = render(clips.fields, size=clips.size, frames=world.FRAMES)
+    return jax.vmap(lambda clip, start: lax.dynamic_slice_in_dim(clip, start, _FRAMES))(
+        frames, clips.start
+    )
+
+
+def loss(params: Params, _: Any, clips: Clips, key: Array) -> tuple[Array, dict[str, Array]]:
+    """Squared error of the pixels, a little absolute error, and a little of KL to a Gaussian."""
+    network = build(networks.VAE, params["vae"], jnp.bfloat16)
+    frames = draw(clips)
+    mean, logvar = vae.moments(network, frames.astype(jnp.bfloat16))
+    logvar = jnp.clip(logvar, -20.0, 10.0)
+    raw = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
+    error = vae.reconstruct(network, raw.astype(jnp.bfloat16)) - frames
+    squares = jnp.mean(jnp.square(error))
+    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+    total = squares + L1_WEIGHT * jnp.mean(jnp.abs(error)) + KL_WEIGHT * kl
+    return total, {"psnr": psnr(squares), "kl": kl}
+
+
+def start(seed: int) -> dict[str, Array]:
+    """Weights to start from: residual blocks begin near the identity, which learns faster."""
+    arrays = trees.flatten(vae.VAE(networks.VAE, rngs=nnx.Rngs(seed)))
+    return {k: v * 0.1 if k.endswith("conv2.kernel") else v for k, v in arrays.items()}
+
+
+def psnr(squares: Array) -> Array:
+    """Decibels of a mean squared error of values in -1..1."""
+    return -10.0 * jnp.log10(jnp.maximum(squares, 1e-10) / 4.0)
+
+
+def build(config: VAEConfig, arrays: Any, dtype: Any) -> vae.VAE:
+    """The network of {dotted path: array}, in this dtype."""
+    abstract = trees.abstract(lambda: vae.VAE(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return trees.fill(abstract, {k: jnp.asarray(v, dtype) for k, v in arrays.items()})
+
+
+def train(out: Path, *, steps: int, seed: int, tell: Any = None) -> None:
+    """Train, measure the latents, and write OUT/vae.safetensors."""
+    state = loop.run(
+        {"vae": start(seed)},
+        loss,
+        functools.partial(batch, seed=seed),
+        out / "vae",
+        optimizer=OptimizerConfig(
+            steps=steps,
+            learning_rate=1.5e-3,
+            warmup_steps=min(200, steps // 10),
+            final_ratio=0.01,
+            beta2=0.99,
+            weight_decay=0.0,
+            ema_decay=0.998,
+        ),
+        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=1000, checkpoint_every=0),
+        on_report=tell,
+        on_sample=lambda state: finish(out, state),
+    )
+    finish(out, state)
+
+
+def finish(out: Path, state: State) -> None:
+    """Write the averaged weights, rounded as they are shipped, with what is measured of them."""
+    arrays = {
+        k: np.asarray(v.astype(jnp.bfloat16), np.float32) for k, v in state.ema["vae"].items()
+    }
+    files.write(out / "vae.safetensors", arrays, measured(arrays).to_dict())
+
+
+def held_out_scenes(count: int, size: tuple[int, int]) -> list[world.Scene]:
+    """Scenes whose objects are never trained on."""
+    rng = np.random.default_rng((_TEST_SEED, *size))
+    return [world.draw(rng, size=size, held_out=True) for _ in range(count)]
+
+
+def measured(arrays: dict[str, np.ndarray], *, count: int = 64) -> VAEConfig:
+    """The configuration with mean and deviation of every latent channel."""
+    network = build(networks.VAE, arrays, jnp.float32)
+    rng = np.random.default_rng(_TEST_SEED)
+    sums, squares, total = np.zeros(16), np.zeros(16), 0
+    for size in world.FRAME_SIZES:
+        for _ in range(count // 16):
+            fields = world.fields([world.draw(rng, size=size) for _ in range(16)])
+            raw = np.asarray(_encode(network, fields, size=size), np.float64).reshape(-1, 16)
+            sums, squares = sums + raw.sum(0), squares + np.square(raw).sum(0)
+            total += len(raw)
+    mean = sums / total
+    std = np.sqrt(squares / total - mean**2)
+    return dataclasses.replace(
+        networks.VAE,
+        latents_mean=tuple(round(float(x), 4) for x in mean),
+        latents_std=tuple(round(float(x), 4) for x in std),
+    )
+
+
+@functools.partial(xla.jit, static_argnames=("size",))
+def _encode(network: vae.VAE, fields: Any, *, size: tuple[int, int]) -> Array:
+    frames = render(fields, size=size, frames=world.FRAMES)
+    return vae.moments(network, frames, precision=lax.Precision.DEFAULT)[0]
+
+
+def reconstruction(arrays: dict[str, np.ndarray], config: VAEConfig, *, count: int) -> list[float]:
+    """PSNR in dB of `count` held-out clips of every size, through the latents and back."""
+    network = build(config, arrays, jnp.float32)
+
+    @functools.partial(xla.jit, static_argnames=("size",))
+    def error(network: vae.VAE, fields: Any, *, size: tuple[int, int]) -> Array:
+        frames = render(fields, size=size, frames=world.FRAMES)
+        default = lax.Precision.DEFAULT
+        latents = vae.encode(network, frames, chunk=8, precision=default)
+        again = vae.decode(network, latents, chunk=8, precision=default)
+        return jax.vmap(psnr)(jnp.mean(jnp.square(again - frames), axis=(1, 2, 3, 4)))
+
+    found: list[float] = []
+    for size in world.FRAME_SIZES:
+        scenes = held_out_scenes(count, size)
+        for start in range(0, count, 8):
+            part = world.fields(scenes[start : start + 8])
+            found += np.asarray(error(network, part, size=size)).tolist()
+    return found
