@@ -1,7 +1,7 @@
 """The stage "vae": the autoencoder learns to draw the world again from few numbers.
 
-It sees whole frames, half a clip at a time. Afterwards the latents' mean and deviation are
-measured, with which they are normalised from then on.
+First it sees single frames, which are many for the work they make, then clips. Afterwards the
+latents' mean and deviation are measured, with which they are normalised from then on.
 """
 
 import dataclasses
@@ -26,47 +26,74 @@ from wan_jax.weights import trees
 
 Array = jax.Array
 
+LEARNING_RATE = 1e-3
 KL_WEIGHT = 1e-5  # in squared pixel values for each latent number
 L1_WEIGHT = 0.05
-_CLIPS = 8
-_FRAMES = 17  # of the clip, from anywhere in it
-_SPOILED = 0.04
+STILLS, MOVING = 4000, 4000  # steps on single frames, then on clips
+_STILLS, _CLIPS = 64, 8  # a step
+_FRAMES = 17  # of a clip, from anywhere in it
+_CROWD = 4  # scenes whose objects are shown in one: shapes are what is hard to draw
+_ALONE = 0.25  # share of clips as they are
+_MEASURED = 64  # clips of every size that the latents are measured on
 _TEST_SEED = 1_000_000
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["fields", "start"], meta_fields=["size"]
+    jax.tree_util.register_dataclass, data_fields=["fields"], meta_fields=["size", "frames"]
 )
 @dataclasses.dataclass(frozen=True)
 class Clips:
-    """Scenes to draw, of one size (width, height); start: int32 [b], the first frame of each."""
+    """Scenes to draw, of one size (width, height) and number of frames."""
 
     fields: dict[str, Any]
-    start: Any
     size: tuple[int, int]
+    frames: int
 
 
-def batch(step: int, *, seed: int) -> Clips:
-    """The clips of a step, a function of step and seed; sizes take turns."""
+def batch(step: int, *, seed: int, stills: int) -> Clips:
+    """The clips of a step, a function of step and seed; of clips, sizes take turns.
+
+    stills: how many steps see single frames, of one size.
+    """
     rng = np.random.default_rng((seed, step))
-    size = world.FRAME_SIZES[step % len(world.FRAME_SIZES)]
-    scenes = [world.draw(rng, size=size, held_out=False, spoil=_SPOILED) for _ in range(_CLIPS)]
-    start = rng.integers(0, world.FRAMES - _FRAMES + 1, _CLIPS).astype(np.int32)
-    return Clips(world.fields(scenes), start, size)
+    if step < stills:
+        count, frames, size = _STILLS, 1, world.FRAME_SIZES[0]
+    else:
+        count, frames = _CLIPS, _FRAMES
+        size = world.FRAME_SIZES[step % len(world.FRAME_SIZES)]
+    fields = crowds(rng, count, size)
+    start = int(rng.integers(0, world.FRAMES - frames + 1))
+    return Clips(cut(fields, start, frames), size, frames)
 
 
-def draw(clips: Clips) -> Array:
-    """The frames [b, f, y, x, 3] of the clips."""
-    frames = render(clips.fields, size=clips.size, frames=world.FRAMES)
-    return jax.vmap(lambda clip, start: lax.dynamic_slice_in_dim(clip, start, _FRAMES))(
-        frames, clips.start
-    )
+def crowds(rng: np.random.Generator, count: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Fields of clips that mostly show the objects of several scenes, one over the other."""
+    many = [_draw(rng, size, spoil=networks.SPOILED) for _ in range(count)]
+    parts = [world.fields(many)]
+    for _ in range(_CROWD - 1):
+        parts.append(world.fields([_draw(rng, size) for _ in range(count)]))
+    alone = rng.random(count) < _ALONE
+    for part in parts[1:]:
+        part["opacity"][alone] = 0.0
+    own = ("position", "radius", "opacity", "shape", "rgb")
+    return parts[0] | {k: np.concatenate([part[k] for part in parts], axis=1) for k in own}
+
+
+def _draw(rng: np.random.Generator, size: tuple[int, int], **choices: Any) -> world.Scene:
+    return world.draw(rng, size=size, frames=world.FRAMES, **choices)
+
+
+def cut(fields: dict[str, np.ndarray], start: int, frames: int) -> dict[str, np.ndarray]:
+    """So many frames of the fields, from this one on."""
+    span = slice(start, start + frames)
+    found = fields | {k: fields[k][:, :, span] for k in ("position", "radius", "opacity")}
+    return found | {"brightness": fields["brightness"][:, span]}
 
 
 def loss(params: Params, _: Any, clips: Clips, key: Array) -> tuple[Array, dict[str, Array]]:
     """Squared error of the pixels, a little absolute error, and a little of KL to a Gaussian."""
     network = build(networks.VAE, params["vae"], jnp.bfloat16)
-    frames = draw(clips)
+    frames = render(clips.fields, size=clips.size, frames=clips.frames)
     mean, logvar = vae.moments(network, frames.astype(jnp.bfloat16))
     logvar = jnp.clip(logvar, -20.0, 10.0)
     raw = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
@@ -78,9 +105,30 @@ def loss(params: Params, _: Any, clips: Clips, key: Array) -> tuple[Array, dict[
 
 
 def start(seed: int) -> dict[str, Array]:
-    """Weights to start from: residual blocks begin near the identity, which learns faster."""
+    """Weights to start from, which learn faster than purely random ones.
+
+    Residual blocks begin near the identity, and so does time: what halves it takes the mean, what
+    doubles it repeats.
+    """
     arrays = trees.flatten(vae.VAE(networks.VAE, rngs=nnx.Rngs(seed)))
-    return {k: v * 0.1 if k.endswith("conv2.kernel") else v for k, v in arrays.items()}
+    for name, kernel in arrays.items():
+        if name.endswith("conv2.kernel"):
+            arrays[name] = 0.1 * kernel
+        elif name.endswith("time.kernel"):
+            arrays[name] = 0.1 * kernel + _identity_in_time(kernel.shape)
+    return arrays
+
+
+def _identity_in_time(shape: tuple[int, ...]) -> np.ndarray:
+    """A kernel [r c, 3, 1, 1, c]: the mean of the frames if r is 1, else the last one, r times."""
+    d_out, window, _, _, c = shape
+    kernel = np.zeros(shape, np.float32)
+    for i in range(d_out):
+        if d_out == c:
+            kernel[i, :, 0, 0, i] = 1 / window
+        else:
+            kernel[i, -1, 0, 0, i % c] = 1.0
+    return kernel
 
 
 def psnr(squares: Array) -> Array:
@@ -94,23 +142,26 @@ def build(config: VAEConfig, arrays: Any, dtype: Any) -> vae.VAE:
     return trees.fill(abstract, {k: jnp.asarray(v, dtype) for k, v in arrays.items()})
 
 
-def train(out: Path, *, steps: int, seed: int, tell: Any = None) -> None:
+def train(
+    out: Path, *, seed: int, stills: int = STILLS, moving: int = MOVING, tell: Any = None
+) -> None:
     """Train, measure the latents, and write OUT/vae.safetensors."""
+    steps = stills + moving
     state = loop.run(
         {"vae": start(seed)},
         loss,
-        functools.partial(batch, seed=seed),
+        functools.partial(batch, seed=seed, stills=stills),
         out / "vae",
         optimizer=OptimizerConfig(
             steps=steps,
-            learning_rate=1.5e-3,
+            learning_rate=LEARNING_RATE,
             warmup_steps=min(200, steps // 10),
             final_ratio=0.01,
             beta2=0.99,
             weight_decay=0.0,
             ema_decay=0.998,
         ),
-        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=1000, checkpoint_every=0),
+        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=2000, checkpoint_every=0),
         on_report=tell,
         on_sample=lambda state: finish(out, state),
     )
@@ -128,17 +179,17 @@ def finish(out: Path, state: State) -> None:
 def held_out_scenes(count: int, size: tuple[int, int]) -> list[world.Scene]:
     """Scenes whose objects are never trained on."""
     rng = np.random.default_rng((_TEST_SEED, *size))
-    return [world.draw(rng, size=size, held_out=True) for _ in range(count)]
+    return [_draw(rng, size, held_out=True) for _ in range(count)]
 
 
-def measured(arrays: dict[str, np.ndarray], *, count: int = 64) -> VAEConfig:
+def measured(arrays: dict[str, np.ndarray]) -> VAEConfig:
     """The configuration with mean and deviation of every latent channel."""
     network = build(networks.VAE, arrays, jnp.float32)
     rng = np.random.default_rng(_TEST_SEED)
     sums, squares, total = np.zeros(16), np.zeros(16), 0
     for size in world.FRAME_SIZES:
-        for _ in range(count // 16):
-            fields = world.fields([world.draw(rng, size=size) for _ in range(16)])
+        for _ in range(_MEASURED // 4):
+            fields = world.fields([_draw(rng, size) for _ in range(4)])
             raw = np.asarray(_encode(network, fields, size=size), np.float64).reshape(-1, 16)
             sums, squares = sums + raw.sum(0), squares + np.square(raw).sum(0)
             total += len(raw)

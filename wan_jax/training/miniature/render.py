@@ -1,8 +1,8 @@
 """Draws scenes on the device: from the numbers of world.fields to clips.
 
 Shapes are cut out by their signed distance (pixels; negative inside), with an edge smooth enough
-for a small VAE to encode. Clips are drawn one after the other, so the memory needed is that of the
-result and of one clip's work.
+for a small VAE to encode. Clips are drawn a few at a time, so the memory needed is that of the
+result and of the work on these.
 """
 
 import math
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from wan_jax.training.miniature import world
 
 Fields = dict[str, jax.Array]
+_TOGETHER = 8  # clips that are drawn at once
 _EDGE = 1.5  # pixels over which a shape goes from full to nothing
 
 
@@ -24,7 +25,7 @@ def render(fields: Fields, *, size: tuple[int, int], frames: int) -> jax.Array:
     """
     if fields["position"].shape[2] != frames:
         raise ValueError(f"fields of {fields['position'].shape[2]} frames; {frames} were asked for")
-    return jax.lax.map(lambda one: _clip(one, size), fields)
+    return jax.lax.map(lambda one: _clip(one, size), fields, batch_size=_TOGETHER)
 
 
 def _clip(fields: Fields, size: tuple[int, int]) -> jax.Array:
@@ -38,7 +39,7 @@ def _clip(fields: Fields, size: tuple[int, int]) -> jax.Array:
     def frame(position: jax.Array, radius: jax.Array, opacity: jax.Array) -> jax.Array:
         """position [o, 2], radius, opacity [o] -> [y, x, 3]."""
         picture = jnp.repeat(ground[..., None], 3, -1)
-        for o in range(2):
+        for o in range(fields["shape"].shape[0]):
             distance = _distance(fields["shape"][o], grid - position[o], radius[o])
             t = jnp.clip(0.5 - distance / _EDGE, 0.0, 1.0)
             alpha = (opacity[o] * t * t * (3.0 - 2.0 * t))[..., None]

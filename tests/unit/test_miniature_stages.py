@@ -1,0 +1,128 @@
+"""Every stage of the miniature's training, with networks and clips that are much smaller."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
+from wan_jax.tokenizer import write_byte_tokenizer
+from wan_jax.training import metrics
+from wan_jax.training.miniature import autoencoder, files, networks, pool, transformer, world
+
+SIZES = ((48, 32),)
+_DIT = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, text_len=80)
+_IMAGE = {"in_channels": 36, "image_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def small() -> pytest.MonkeyPatch:
+    """The same world in a few pixels and frames."""
+    patch = pytest.MonkeyPatch()
+    vae = VAEConfig(
+        base_dim=4,
+        dim_mult=(1, 1, 1),
+        temporal_downsample=(True, True),
+        num_res_blocks=1,
+        latents_mean=(0.0,) * 16,
+        latents_std=(1.0,) * 16,
+    )
+    dits = {
+        "t2v": _DIT,
+        "i2v": dataclasses.replace(_DIT, **_IMAGE),
+        "flf2v": dataclasses.replace(_DIT, **_IMAGE, image_positions=34),
+    }
+    text = UMT5Config(vocab_size=384, dim=32, num_heads=2, head_dim=16, ffn_dim=64, num_layers=2)
+    tower = CLIPConfig(image_size=32, patch_size=8, dim=32, num_heads=2, num_layers=2, ffn_dim=64)
+    for name, value in {"VAE": vae, "DITS": dits, "UMT5": text, "CLIP": tower}.items():
+        patch.setattr(networks, name, value)
+    patch.setattr(world, "FRAME_SIZES", SIZES)
+    patch.setattr(world, "FRAMES", 9)
+    patch.setattr(autoencoder, "_FRAMES", 5)
+    patch.setattr(autoencoder, "_STILLS", 4)
+    patch.setattr(autoencoder, "_CLIPS", 2)
+    patch.setattr(autoencoder, "_MEASURED", 64)
+    patch.setattr(pool, "_SHARES", dict.fromkeys(SIZES, 1.0))
+    patch.setattr(pool, "_CHUNK", 4)
+    yield patch
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def out(small: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages, a few steps each."""
+    out = tmp_path_factory.mktemp("out")
+    write_byte_tokenizer(out / "tokenizer", vocab_size=384)
+    autoencoder.train(out, seed=0, stills=4, moving=2)
+    for stage, recipe in transformer.RECIPES.items():
+        transformer.train(
+            stage, out, seed=0, recipe=recipe._replace(steps=3, clips=16, batch_size=4)
+        )
+    return out
+
+
+def test_every_stage_writes_what_learned(out: Path) -> None:
+    names = {path.stem for path in out.glob("*.safetensors")}
+    assert names == {"vae", "umt5", "clip", "t2v", "i2v", "flf2v"}
+    for stage, steps in (("vae", 6), ("t2v", 3), ("i2v", 3), ("flf2v", 3)):
+        lines = metrics.read(out / stage / metrics.FILE)
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+
+
+def test_latents_are_normalised_by_what_was_measured(out: Path) -> None:
+    arrays, values = files.read(out / "vae.safetensors")
+    config = VAEConfig.from_dict(values)
+    assert config.latents_mean != networks.VAE.latents_mean
+    assert autoencoder.measured(arrays) == config
+    network = transformer.network(config, arrays, "bfloat16", exact=True)
+    groups = pool.make_groups(network, images=0, clips=128, seed=1)
+    every = np.concatenate([g.latents.astype(np.float32).reshape(-1, 16) for g in groups])
+    np.testing.assert_allclose(every.mean(0), 0.0, atol=0.25)
+    np.testing.assert_allclose(every.std(0), 1.0, atol=0.25)
+
+
+def test_batches_are_a_function_of_the_step(out: Path, small: pytest.MonkeyPatch) -> None:
+    arrays, config = transformer.read(out, "vae")
+    network = transformer.network(config, arrays, "bfloat16", exact=True)
+    from wan_jax.tokenizer import load_tokenizer
+
+    groups = pool.make_groups(network, images=2, clips=16, seed=1)
+    made = pool.Pool(groups, load_tokenizer(out / "tokenizer"), images=2, batch_size=3, seed=5)
+    one, again, other = made.batch(7), made.batch(7), made.batch(8)
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not np.array_equal(one.ids, other.ids)
+    assert one.known.shape == (*one.latents.shape[:4], 20)
+    assert one.views.shape == (3, 2, 32, 32, 3)
+    known = one.known[..., :4].astype(np.float32)  # the mask
+    assert known[:, 0].all() and known[:, -1, ..., -1].all() and known[:, 1:-1].sum() == 0
+
+
+def test_a_stage_says_which_comes_before(small: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path / "tokenizer", vocab_size=384)
+    with pytest.raises(ValueError, match="vae.safetensors does not exist; run the stage 'vae'"):
+        transformer.train("t2v", tmp_path, seed=0)
+
+
+def test_a_larger_network_begins_as_the_smaller_one(out: Path) -> None:
+    """With no image channels and no image values, image to video is text to video."""
+    recipe = transformer.RECIPES["i2v"]
+    found = transformer.begin("i2v", out, recipe, 0)["dit"]
+    before, _ = transformer.read(out, "t2v")
+    np.testing.assert_array_equal(found["patch.kernel"][..., :16, :], before["patch.kernel"])
+    assert not found["patch.kernel"][..., 16:, :].any()
+    assert not found["layers.cross_attn.v_img.kernel"].any()
+    for name, array in before.items():
+        if name != "patch.kernel":
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_crowds_show_more_and_cuts_less(small: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    fields = autoencoder.crowds(rng, 12, SIZES[0])
+    assert fields["shape"].shape == (12, 8)
+    shown = (fields["opacity"].max(-1) > 0).sum(1)
+    assert shown.max() > 2 and shown.min() <= 2
+    part = autoencoder.cut(fields, 2, 5)
+    np.testing.assert_array_equal(part["position"], fields["position"][:, :, 2:7])
+    assert part["brightness"].shape == (12, 5)

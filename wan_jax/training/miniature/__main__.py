@@ -1,0 +1,90 @@
+"""Train the miniature from nothing, stage by stage, on one GPU.
+
+    python -m wan_jax.training.miniature --stages all --out DIR
+
+The stages, each in minutes on one H200: tokenizer, vae, t2v (with the text encoder), i2v (with the
+CLIP tower), flf2v, evaluate, pack. A stage needs those before it in the same DIR; one that is done
+is not done again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from wan_jax.training.loop import Report
+
+STAGES = ("tokenizer", "vae", "t2v", "i2v", "flf2v", "evaluate", "pack")
+_OUT = flags.DEFINE_string("out", None, "where the stages write", required=True)
+_STAGES = flags.DEFINE_list("stages", ["all"], f"all, or some of {', '.join(STAGES)}")
+_SEED = flags.DEFINE_integer("seed", 0, "what every random draw comes from")
+_CLIPS = flags.DEFINE_integer("clips", 200, "evaluate: clips of one object, and of images")
+_PAIRS = flags.DEFINE_integer("pairs", 100, "evaluate: clips of two objects")
+
+
+def main(_: list[str]) -> None:
+    """Run the stages in their order."""
+    chosen = STAGES if _STAGES.value == ["all"] else tuple(_STAGES.value)
+    unknown = [stage for stage in chosen if stage not in STAGES]
+    if unknown:
+        raise app.UsageError(f"--stages has {unknown}; accepted: all, or some of {STAGES}")
+    for stage in STAGES:
+        if stage in chosen:
+            _say(f"stage {stage}")
+            _run(stage, Path(_OUT.value))
+
+
+def _run(stage: str, out: Path) -> None:
+    """One stage; what it needs is imported here, so that a wrong flag is answered at once."""
+    from wan_jax.training.miniature import (
+        autoencoder,
+        captions,
+        evaluate,
+        pack,
+        text,
+        transformer,
+    )
+
+    if stage == "tokenizer":
+        text.train_tokenizer(captions.corpus(20_000, _SEED.value), out / "tokenizer")
+    elif stage == "vae":
+        autoencoder.train(out, seed=_SEED.value, tell=_report)
+    elif stage == "evaluate":
+        _evaluate(out, evaluate)
+    elif stage == "pack":
+        size = pack.pack(out, out / "assets")
+        _say(f"{out / 'assets'}: {size / 1e6:.1f} MB")
+    else:
+        transformer.train(stage, out, seed=_SEED.value, tell=_report, notify=_say)
+
+
+def _evaluate(out: Path, evaluate) -> None:  # type: ignore[no-untyped-def]
+    """Score every transformer that there is; OUT/scores.json."""
+    from wan_jax.training.miniature import autoencoder, networks, transformer
+
+    arrays, config = transformer.read(out, "vae")
+    decibels = autoencoder.reconstruction(arrays, config, count=16)
+    found = {"vae": {"mean dB": sum(decibels) / len(decibels), "least dB": min(decibels)}}
+    for kind in networks.DITS:
+        if (out / f"{kind}.safetensors").exists():
+            wan = evaluate.from_stages(out, kind)
+            found[kind] = evaluate.scores(wan, clips=_CLIPS.value, pairs=_PAIRS.value, notify=_say)
+    text = json.dumps(found, indent=2)
+    (out / "scores.json").write_text(text + "\n", encoding="utf-8")
+    _say(text)
+
+
+def _report(report: Report) -> None:
+    """A line on the terminal now and then."""
+    if report.step % 250 == 0 or report.step == report.steps:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
+        _say(f"step {report.step} of {report.steps}: {values}; {report.seconds:.3f} s a step")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,153 @@
+"""Clips of the world as latents, made once on the device and drawn from ever again.
+
+What costs time is the VAE, so a transformer sees every clip many times, each time with other noise
+and, mostly, another caption.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wan_jax import conditioning, fitting, tokenizer, vae, xla
+from wan_jax.training.miniature import captions, networks, world
+from wan_jax.training.miniature.render import render
+from wan_jax.training.miniature.world import Scene
+
+Array = jax.Array
+_CHUNK = 32  # clips that are encoded together
+_SHARES = {world.FRAME_SIZES[0]: 0.5, world.FRAME_SIZES[1]: 0.25, world.FRAME_SIZES[2]: 0.25}
+
+
+class Batch(NamedTuple):
+    """Clips of one size.
+
+    latents: [b, t, h, w, 16]. ids, mask: int32 [b, s], of the captions. known: [b, t, h, w, 20] and
+    views: [b, images, y, x, 3], what CLIP sees, where there are images.
+    """
+
+    latents: Any
+    ids: Any
+    mask: Any
+    known: Any = None
+    views: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The clips of one size; arrays as in Batch, known without the mask."""
+
+    scenes: list[Scene]
+    latents: np.ndarray
+    known: np.ndarray | None
+    views: np.ndarray | None
+
+
+class Pool:
+    """Clips to train a transformer on that takes so many images."""
+
+    def __init__(
+        self, groups: Sequence[Group], text: Any, *, images: int, batch_size: int, seed: int
+    ) -> None:
+        self._groups, self._text, self._images = groups, text, images
+        self._batch_size, self._seed = batch_size, seed
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, a function of seed and step."""
+        rng = np.random.default_rng((self._seed, step))
+        chances = [_SHARES[group.scenes[0].size] for group in self._groups]
+        group = self._groups[rng.choice(len(chances), p=np.array(chances) / sum(chances))]
+        rows = rng.integers(len(group.scenes), size=self._batch_size)
+        texts = [self._caption(group.scenes[row], rng) for row in rows]
+        ids, mask = tokenizer.tokenize(self._text, texts, length=networks.TEXT_TOKENS)
+        latents = group.latents[rows]
+        if group.known is None or group.views is None:
+            return Batch(latents, ids, mask)
+        _, count, height, width, _ = latents.shape
+        known = conditioning.mask_bthwc(
+            1 + 4 * (count - 1), height=height, width=width, last=self._images == 2
+        )
+        known = np.broadcast_to(known, (len(rows), *known.shape[1:])).astype(latents.dtype)
+        return Batch(
+            latents,
+            ids,
+            mask,
+            np.concatenate([known, group.known[rows]], axis=-1),
+            group.views[rows],
+        )
+
+    @staticmethod
+    def _caption(scene: Scene, rng: np.random.Generator) -> str:
+        """A caption, or none, so that there is something to be guided away from."""
+        return "" if rng.random() < networks.TEXT_DROPOUT else captions.caption(scene, rng)
+
+
+def make_groups(
+    network: vae.VAE,
+    *,
+    images: int,
+    clips: int,
+    seed: int,
+    tell: Callable[[int, int], None] | None = None,
+) -> list[Group]:
+    """Draw and encode `clips` clips, none of them held out. tell: (done, of how many)."""
+    groups, done = [], 0
+    for size, share in _SHARES.items():
+        rng = np.random.default_rng((seed, *size))
+        scenes, found = [], []
+        for _ in range(max(1, round(clips * share / _CHUNK))):
+            some = [
+                world.draw(rng, size=size, frames=world.FRAMES, spoil=networks.SPOILED)
+                for _ in range(_CHUNK)
+            ]
+            found.append(_host(_encode(network, world.fields(some), size=size, images=images)))
+            scenes += some
+            done += _CHUNK
+            if tell is not None:
+                tell(done, clips)
+        groups.append(Group(scenes, *(_joined([f[i] for f in found]) for i in range(3))))  # type: ignore[arg-type]
+    return groups
+
+
+def _host(found: tuple[Array | None, ...]) -> tuple[np.ndarray | None, ...]:
+    """Latents, known latents and CLIP's views on the host, small."""
+    latents, known, frames = (None if x is None else np.asarray(x) for x in found)
+    if frames is None:
+        return latents, None, None
+    side = networks.CLIP.image_size
+    b, images = frames.shape[:2]
+    flat = frames.reshape(b * images, *frames.shape[2:])
+    views = np.stack([fitting.clip_view(image, side) for image in flat])
+    return latents, known, views.reshape(b, images, side, side, 3).astype(np.float16)
+
+
+def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    some = [part for part in parts if part is not None]
+    return np.concatenate(some) if some else None
+
+
+@functools.partial(xla.jit, static_argnames=("size", "images"))
+def _encode(
+    network: vae.VAE, fields: Any, *, size: tuple[int, int], images: int
+) -> tuple[Array, Array | None, Array | None]:
+    """Latents of clips and, for images, of clips that are grey but for them, and these frames."""
+    frames = render(fields, size=size, frames=world.FRAMES)
+    if not images:
+        return _latents(network, frames), None, None
+    given = frames[:, :: world.FRAMES - 1][:, :images]
+    grey = jnp.zeros_like(frames).at[:, 0].set(given[:, 0])
+    if images == 2:
+        grey = grey.at[:, -1].set(given[:, 1])
+    return _latents(network, frames), _latents(network, grey), given
+
+
+def _latents(network: vae.VAE, frames: Array) -> Array:
+    """Normalised latents in bfloat16."""
+    mean, _ = vae.moments(network, frames.astype(jnp.bfloat16))
+    config = network.config
+    shift, scale = (jnp.asarray(x, jnp.float32) for x in (config.latents_mean, config.latents_std))
+    return ((mean - shift) / scale).astype(jnp.bfloat16)

@@ -1,0 +1,201 @@
+"""The stages "t2v", "i2v" and "flf2v": the transformers, and with them what reads their prompts.
+
+The text encoder learns with the first, through its loss, and the CLIP tower with the second; the
+others find them as they are. Those that take images begin from the first one's weights.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wan_jax import clip, umt5, vae
+from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
+from wan_jax.dit import DiT
+from wan_jax.tokenizer import load_tokenizer
+from wan_jax.training import flow, loop
+from wan_jax.training.miniature import files, networks
+from wan_jax.training.miniature.pool import Batch, Pool, make_groups
+from wan_jax.training.optimizer import OptimizerConfig
+from wan_jax.training.step import Params, State
+from wan_jax.weights import trees
+from wan_jax.weights.sources import abstract_part
+
+Array = jax.Array
+Arrays = dict[str, Any]
+_CONFIGS: dict[str, Any] = {"umt5": UMT5Config, "clip": CLIPConfig, "vae": VAEConfig}
+
+
+class Recipe(NamedTuple):
+    """How a stage is run. trained: besides the transformer; frozen: read from earlier stages."""
+
+    steps: int
+    clips: int
+    batch_size: int
+    learning_rate: float
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+
+RECIPES = {
+    "t2v": Recipe(8000, 40_000, 256, 1e-3, ("umt5",), ()),
+    "i2v": Recipe(4000, 16_000, 256, 7e-4, ("clip",), ("umt5",)),
+    "flf2v": Recipe(3000, 16_000, 256, 7e-4, (), ("umt5", "clip")),
+}
+FLOW = flow.FlowConfig(shift=networks.DEFAULTS.shift, image_dropout=0.05, remat="none")
+
+
+def train(
+    stage: str,
+    out: Path,
+    *,
+    seed: int,
+    recipe: Recipe | None = None,
+    place: loop.Place = jax.device_put,
+    place_state: loop.Place = jax.device_put,
+    tell: Callable[[loop.Report], None] | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Train a transformer and write OUT/<network>.safetensors of all that learned.
+
+    stage: of networks.DITS. Needs OUT/tokenizer and the files of the stages before; ValueError
+    naming what is missing.
+    """
+    recipe = recipe or RECIPES[stage]
+    config = networks.DITS[stage]
+    text = load_tokenizer(out / "tokenizer")
+    found = {name: read(out, name) for name in recipe.frozen}
+    frozen = {name: arrays for name, (arrays, _) in found.items()}
+    params = begin(stage, out, recipe, seed)
+    notify(f"encoding {recipe.clips} clips")
+    arrays, vae_config = read(out, "vae")
+    groups = make_groups(
+        network(vae_config, arrays, jnp.bfloat16, exact=True),
+        images=config.images,
+        clips=recipe.clips,
+        seed=seed,
+        tell=lambda done, total: notify(f"{done} of {total} clips") if done % 4096 == 0 else None,
+    )
+    pool = Pool(groups, text, images=config.images, batch_size=recipe.batch_size, seed=seed)
+    state = loop.run(
+        params,
+        functools.partial(loss, stage),
+        pool.batch,
+        out / stage,
+        optimizer=OptimizerConfig(
+            steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
+            warmup_steps=min(300, recipe.steps // 10),
+            final_ratio=0.02,
+            beta2=0.98,
+            ema_decay=0.998,
+        ),
+        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=2000, checkpoint_every=0),
+        frozen=place_state(frozen) if frozen else None,
+        place=place,
+        place_state=place_state,
+        on_report=tell,
+        on_sample=lambda state: finish(stage, out, state),
+    )
+    finish(stage, out, state)
+
+
+def finish(stage: str, out: Path, state: State) -> None:
+    """Write the averaged weights of all that learned, rounded as they are shipped."""
+    for name, arrays in state.ema.items():
+        config = networks.DITS[stage] if name == "dit" else configs()[name]
+        rounded = {k: np.asarray(v.astype(jnp.bfloat16), np.float32) for k, v in arrays.items()}
+        file = stage if name == "dit" else name
+        files.write(out / f"{file}.safetensors", rounded, config.to_dict())
+
+
+def configs() -> dict[str, Any]:
+    """Configurations of the encoders."""
+    return {"umt5": networks.UMT5, "clip": networks.CLIP}
+
+
+def read(out: Path, name: str) -> tuple[Arrays, Any]:
+    """The arrays of an earlier stage and their configuration."""
+    arrays, values = files.read(out / f"{name}.safetensors")
+    return arrays, _CONFIGS.get(name, DiTConfig).from_dict(values)
+
+
+def begin(stage: str, out: Path, recipe: Recipe, seed: int) -> Params:
+    """The weights that a stage starts from."""
+    config, keys = networks.DITS[stage], nnx.Rngs(seed)
+    params = {"dit": _fresh(lambda: DiT(config, rngs=keys, dtype=jnp.float32))}
+    if "umt5" in recipe.trained:
+        params["umt5"] = _fresh(lambda: umt5.UMT5(networks.UMT5, rngs=keys, dtype=jnp.float32))
+    if "clip" in recipe.trained:
+        params["clip"] = _fresh(lambda: clip.CLIP(networks.CLIP, rngs=keys, dtype=jnp.float32))
+    if stage != "t2v":
+        before, _ = read(out, "i2v" if stage == "flf2v" else "t2v")
+        params["dit"] = grown(params["dit"], before)
+    return params
+
+
+def _fresh(make: Callable[[], nnx.Module]) -> Arrays:
+    return trees.flatten(make())
+
+
+def grown(new: Arrays, old: Arrays) -> Arrays:
+    """The arrays of `new` with those of a transformer that takes less; what it lacks begins at 0.
+
+    Input channels that are added count for nothing at first, nor do the image tokens.
+    """
+    found = dict(new)
+    for name, array in old.items():
+        if array.shape == new[name].shape:
+            found[name] = array
+        else:  # the patch embedding: channels are its last axis but one
+            added = new[name].shape[-2] - array.shape[-2]
+            found[name] = np.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, added), (0, 0)])
+    for name in set(new) - set(old):
+        if "v_img" in name:
+            found[name] = np.zeros(new[name].shape, np.float32)
+    return found
+
+
+def network(config: Any, arrays: Arrays, dtype: Any, *, exact: bool = False) -> Any:
+    """The module of {dotted path: array} in the dtypes of a run; exact: all of it in `dtype`."""
+    if exact:
+        assert isinstance(config, VAEConfig)
+        module: Any = trees.abstract(lambda: vae.VAE(config, rngs=nnx.Rngs(0), dtype=dtype))
+    else:
+        module = abstract_part(config, jnp.dtype(dtype))
+    leaves = trees.flatten(module)
+    return trees.fill(module, {k: jnp.asarray(arrays[k], v.dtype) for k, v in leaves.items()})
+
+
+def loss(
+    stage: str, params: Params, frozen: Any, batch: Batch, key: Array
+) -> tuple[Array, dict[str, Array]]:
+    """The flow's loss of a batch, through all networks that read the captions and the images."""
+    every = (frozen or {}) | params
+    dtype = jnp.bfloat16
+    text = network(networks.UMT5, every["umt5"], dtype)
+    context = umt5.encode(text, batch.ids, batch.mask)
+    tokens = None
+    if batch.views is not None:
+        b, images = batch.views.shape[:2]
+        # bfloat16 here: gradients leave the range of float16.
+        tower = _clip(every["clip"], dtype)
+        views = batch.views.reshape(b * images, *batch.views.shape[2:])
+        found = clip.encode(tower, clip.normalise(views))
+        tokens = found.reshape(b, -1, found.shape[-1])
+    dit = network(networks.DITS[stage], every["dit"], dtype)
+    found = flow.loss(
+        dit, batch.latents, context, key, FLOW, known_bthwc=batch.known, tokens_bsd=tokens
+    )
+    return jnp.mean(found), {}
+
+
+def _clip(arrays: Arrays, dtype: Any) -> clip.CLIP:
+    module = trees.abstract(lambda: clip.CLIP(networks.CLIP, rngs=nnx.Rngs(0), dtype=dtype))
+    leaves = trees.flatten(module)
+    return trees.fill(module, {k: jnp.asarray(arrays[k], v.dtype) for k, v in leaves.items()})
