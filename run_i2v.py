@@ -5,8 +5,9 @@
     python run_i2v.py --task flf2v-14B --ckpt_dir DIR --first_frame a.png --last_frame b.png \\
         --prompt "The bud opens into a flower."
 
-Takes the flags of Wan2.1's generate.py. Without --task and --ckpt_dir it runs a small network of
-random weights. `python run_i2v.py --help` lists every flag.
+Takes the flags of Wan2.1's generate.py. Without --task and --ckpt_dir it runs the miniature that
+comes with the package, and without images a picture of its own. `python run_i2v.py --help` lists
+every flag.
 """
 
 from pathlib import Path

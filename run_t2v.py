@@ -2,8 +2,8 @@
 
     python run_t2v.py --task t2v-1.3B --ckpt_dir DIR --prompt "Two cats box on a spotlit stage."
 
-Takes the flags of Wan2.1's generate.py. Without --task and --ckpt_dir it runs a small network of
-random weights. `python run_t2v.py --help` lists every flag.
+Takes the flags of Wan2.1's generate.py. Without --task and --ckpt_dir it runs the miniature that
+comes with the package. `python run_t2v.py --help` lists every flag.
 """
 
 from pathlib import Path

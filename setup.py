@@ -21,6 +21,8 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["wan_jax", "wan_jax.*"]),
+    # Folders that are links are packaged as what they point to.
+    package_data={"wan_jax": ["assets/*", "assets/*/*", "assets/*/*/*"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12,<0.13",

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from wan_jax import images, loading, media, noise_file, outputs, tasks
+from wan_jax import images, loading, media, noise_file, outputs, shipped, tasks
 from wan_jax.cli import Reporter, say
 from wan_jax.config import WanConfig
 from wan_jax.outputs import Job
@@ -25,7 +25,7 @@ from wan_jax.weights import adapters, folders, remote
 class Plan:
     """All of one run.
 
-    source: what load() takes, on this machine; None is its miniature. loras: added to it.
+    source: what load() takes, on this machine. loras: added to it.
     """
 
     source: Any
@@ -52,12 +52,10 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
     loras = _loras(values)
     if values.ckpt_dir is not None and not Path(values.ckpt_dir).exists():
         _check_elsewhere(values, settings, found)
-    source, known = tasks.miniature(values, found), outputs.Checkpoint(values.ckpt_dir)
-    with _naming("ckpt_dir", values.ckpt_dir):
-        if values.ckpt_dir is not None:
-            source = loading.fetch(
-                values.ckpt_dir, cache_dir=values.cache_dir, callback=Reporter(), notify=say
-            )
+    given, known = values.ckpt_dir, outputs.Checkpoint(values.ckpt_dir)
+    name = tasks.miniature(values, found) if given is None else given
+    with _naming("ckpt_dir", name):
+        source = loading.fetch(name, cache_dir=values.cache_dir, callback=Reporter(), notify=say)
         config = loading.read_config(source)
         if values.skip_existing:
             known = _known(values, source, loras)
@@ -68,6 +66,10 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
     jobs = _all_jobs(values, config, settings, found)
     _warn(settings, jobs)
     placed, skipped = _placed(values, jobs, known)
+    if given is None:
+        say(f"no --ckpt_dir is given; for real videos: {tasks.real(values, config.images)}")
+    if shipped.is_miniature(source):
+        _warn_of_words(source, placed)
     return Plan(source, config, tuple(placed), tuple(skipped), loras)
 
 
@@ -95,7 +97,7 @@ def _check_elsewhere(
     values: flags.FlagValues, settings: Mapping[str, Any], found: Sequence[Entry]
 ) -> None:
     """Say what is wrong in any case before gigabytes are downloaded."""
-    if loading.built_in(values.ckpt_dir) is not None:
+    if loading.is_small(values.ckpt_dir):
         return
     count = loading.images_elsewhere(values.ckpt_dir)
     if count is None:
@@ -128,6 +130,15 @@ def _warn(settings: Mapping[str, Any], jobs: Sequence[Job]) -> None:
     for size in sorted({tuple(job.settings["size"]) for job in jobs}):
         if sizes and size not in sizes:
             say(f"warning: size {size[0]}*{size[1]} is not one this model was made for: {listed}")
+
+
+def _warn_of_words(source: Path, jobs: Sequence[Job]) -> None:
+    """Say which words of the prompts mean nothing to the miniature."""
+    prompts = dict.fromkeys(job.settings["prompt"] for job in jobs)
+    words = shipped.unknown_words(source, prompts)
+    if words:
+        more = f" and {len(words) - 8} more" if len(words) > 8 else ""
+        say(f"warning: the miniature was not taught these words: {', '.join(words[:8])}{more}")
 
 
 @contextlib.contextmanager

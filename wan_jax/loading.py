@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from wan_jax import shipped
 from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
 from wan_jax.tokenizer import load_tokenizer
@@ -37,15 +38,20 @@ def default_cache_dir() -> Path:
         raise ValueError("cache_dir is not given and there is no home directory") from error
 
 
-def built_in(path: Any) -> WanConfig | None:
+def built_in(path: str | os.PathLike[str]) -> WanConfig | None:
     """The configuration of the small random network that this names; None for any other path.
 
-    path: None is "nano-t2v". A file or folder of the name comes before the network.
+    A file or folder of the name comes before the network.
     """
-    if path is None:
-        return NANO_T2V
     config = BUILT_IN.get(os.fspath(path))
     return config if config is None or not Path(path).exists() else None
+
+
+def is_small(path: str | os.PathLike[str]) -> bool:
+    """Whether this names one of the small networks, trained or random."""
+    return built_in(path) is not None or (
+        os.fspath(path) in shipped.MINIATURES and not Path(path).exists()
+    )
 
 
 def load(
@@ -64,9 +70,10 @@ def load(
     path: a converted checkpoint; PyTorch files in the Diffusers or the original layout, or a
     repacked .safetensors file that holds every part; a hub id such as
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"; any of these folders on gs://. What is not converted is,
-    once, into cache_dir. "nano-t2v", "nano-i2v" and "nano-flf2v" make and run small checkpoints of
-    random weights, and None the first of these. lora: what is added to the DiT: a .safetensors
-    file, "file:scale", (file, scale), or a list of these; the scale is 1 if not given. dtype:
+    once, into cache_dir. "mini-t2v", "mini-i2v" and "mini-flf2v" are the trained miniature that
+    comes with the package, and None the first of these; "nano-t2v", "nano-i2v" and "nano-flf2v"
+    make small checkpoints of random weights. lora: what is added to the DiT: a .safetensors file,
+    "file:scale", (file, scale), or a list of these; the scale is 1 if not given. dtype:
     "bfloat16", or "float32" to compare number by number. offload: each stage's weights leave the
     device when it is done. text_on_cpu: UMT5 runs on the host. callback: told the progress;
     notify: told in a sentence what takes long.
@@ -77,12 +84,14 @@ def load(
     cache = _cache(cache_dir)
     say = notify or (lambda _: None)
     wanted = adapters.chosen(lora)
-    small = built_in(path)
+    name = shipped.default() if path is None else path
+    small = built_in(name)
     if small is not None:
-        source = _random_miniature(small, _local(cache), say, given=path is not None)
+        source = _random_miniature(small, _local(cache), say)
     else:
-        assert path is not None
-        source = fetch(path, cache_dir=cache_dir, callback=callback, notify=say)
+        source = fetch(name, cache_dir=cache_dir, callback=callback, notify=say)
+        if shipped.is_miniature(source):
+            say(f"running the miniature, a small trained Wan; it knows {shipped.KNOWS}")
     if wanted:
         adapters.check(wanted, read_config(source).dit)
     folder = source
@@ -152,6 +161,9 @@ def fetch(
     bucket stays there; the name of a small random network is its own place. Raises ValueError
     naming what is wrong with the path.
     """
+    own = shipped.folder(path)
+    if own is not None:
+        return own
     text, say = os.fspath(path), notify or (lambda _: None)
     if built_in(path) is not None:
         return text
@@ -189,7 +201,7 @@ def images_elsewhere(path: str | os.PathLike[str]) -> int | None:
 
 
 def read_config(path: Any) -> WanConfig:
-    """The configuration of what load(path) would load, for a path that fetch() gave, or None.
+    """The configuration of what load(path) would load, for a path that fetch() gave.
 
     Only headers are read. Raises ValueError naming what is wrong with the files.
     """
@@ -257,12 +269,11 @@ def in_bytes(stage: str, callback: Callback | None) -> checkpoint.OnBytes | None
     return lambda done, total: callback(Progress(stage, done, total))
 
 
-def _random_miniature(config: WanConfig, cache: Path, say: Notify, *, given: bool) -> Path:
-    """given: it was asked for by its name."""
+def _random_miniature(config: WanConfig, cache: Path, say: Notify) -> Path:
     path = cache / miniature.name(config)
     say(
-        f"{'' if given else 'no checkpoint given: '}running a small network of random weights, "
-        f"which shows that everything works and makes patterns, not pictures ({path})"
+        "running a small network of random weights, which shows that everything works and makes "
+        f"patterns, not pictures ({path})"
     )
     if not path.is_dir():
         miniature.write(path, config=config)
@@ -316,8 +327,10 @@ def known_digest(
 
 def _target(folder: Folder, cache: Any, *, dtype: str) -> Any:
     """Where in the cache a folder's conversion goes."""
-    key = _key(folder, dtype, contents=not isinstance(cache, Path))
-    name = re.sub(r"[^\w.-]", "_", folder.path.resolve().name)
+    # What comes with the package is the same after it is installed anew.
+    own = shipped.is_miniature(folder.path)
+    key = _key(folder, dtype, contents=own or not isinstance(cache, Path))
+    name = ("mini-" if own else "") + re.sub(r"[^\w.-]", "_", folder.path.resolve().name)
     return cache / f"{name}-{dtype}-{key}"
 
 

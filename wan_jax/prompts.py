@@ -8,6 +8,8 @@ from typing import Any
 
 from absl import flags
 
+from wan_jax import loading, shipped
+
 # Arguments of the library and the flags that set them; a line of a prompts file knows the first.
 FLAG_OF = {
     "prompt": "prompt",
@@ -40,12 +42,26 @@ def entries(values: flags.FlagValues) -> list[Entry]:
         raise ValueError(f"--noise_file {values.noise_file} is for one prompt; there are several")
     with_images = "image" in values
     if values.prompts_file is None:
-        if with_images and not values.prompt:
-            raise ValueError("--prompt is missing; a text that says what happens is needed")
-        return [Entry("", {"prompt": text}) for text in values.prompt or [_PROMPT]]
+        return _of_flags(values, with_images=with_images)
     if values.prompt:
         raise ValueError("--prompt and --prompts_file are both given; need one")
     return read_prompts(Path(values.prompts_file), keys=_IMAGE_KEYS if with_images else ())
+
+
+def _of_flags(values: flags.FlagValues, *, with_images: bool) -> list[Entry]:
+    """Without a checkpoint there is a prompt, and where no image is given a picture too."""
+    own: dict[str, Any] = {}
+    if not with_images:
+        small = values.ckpt_dir is None or loading.is_small(values.ckpt_dir)
+        usual = shipped.PROMPT if small else _PROMPT
+    else:
+        given = (values.image, values.first_frame, values.last_frame)
+        if values.ckpt_dir is None and given == (None, None, None):
+            own = {"image": str(shipped.PICTURE)}
+        elif not values.prompt:
+            raise ValueError("--prompt is missing; a text that says what happens is needed")
+        usual = shipped.PICTURE_PROMPT
+    return [Entry("", {"prompt": text, **own}) for text in values.prompt or [usual]]
 
 
 def read_prompts(path: Path, *, keys: Sequence[str] = ()) -> list[Entry]:

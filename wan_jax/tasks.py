@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from wan_jax import shipped
 from wan_jax.config import KINDS, RELEASED, WanConfig
 from wan_jax.prompts import Entry, parse_size
 
@@ -95,10 +96,16 @@ def _released(count: int) -> WanConfig:
     return RELEASED[f"{KINDS[count]}-14B"]
 
 
-def miniature(values: flags.FlagValues, entries: Sequence[Entry]) -> str | None:
-    """What to load without a checkpoint; None is load()'s own choice, text to video."""
-    count = _images_given(values, entries)
-    return f"nano-{KINDS[count]}" if count else None
+def miniature(values: flags.FlagValues, entries: Sequence[Entry]) -> str:
+    """What to load without a checkpoint."""
+    return shipped.default(_images_given(values, entries))
+
+
+def real(values: flags.FlagValues, count: int) -> str:
+    """The flags that run a released checkpoint of the kind that takes so many images."""
+    tasks = IMAGE_TASKS if takes_images(values) else TEXT_TASKS
+    name = next(name for name, task in tasks.items() if task.network.images == count)
+    return f"--task {name} --ckpt_dir {tasks[name].repository}"
 
 
 def _images_given(values: flags.FlagValues, entries: Sequence[Entry]) -> int:

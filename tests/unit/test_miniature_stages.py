@@ -9,7 +9,15 @@ import pytest
 from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from wan_jax.tokenizer import write_byte_tokenizer
 from wan_jax.training import metrics
-from wan_jax.training.miniature import autoencoder, files, networks, pool, transformer, world
+from wan_jax.training.miniature import (
+    autoencoder,
+    evaluate,
+    files,
+    networks,
+    pool,
+    transformer,
+    world,
+)
 
 SIZES = ((48, 32),)
 _DIT = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, text_len=80)
@@ -37,6 +45,9 @@ def small() -> pytest.MonkeyPatch:
     tower = CLIPConfig(image_size=32, patch_size=8, dim=32, num_heads=2, num_layers=2, ffn_dim=64)
     for name, value in {"VAE": vae, "DITS": dits, "UMT5": text, "CLIP": tower}.items():
         patch.setattr(networks, name, value)
+    defaults = dataclasses.replace(networks.DEFAULTS, size=SIZES[0], frames=9, steps=2)
+    patch.setattr(networks, "DEFAULTS", defaults)
+    patch.setattr(evaluate, "_SIZES", SIZES)
     patch.setattr(world, "FRAME_SIZES", SIZES)
     patch.setattr(world, "FRAMES", 9)
     patch.setattr(autoencoder, "_FRAMES", 5)
@@ -126,3 +137,18 @@ def test_crowds_show_more_and_cuts_less(small: pytest.MonkeyPatch) -> None:
     part = autoencoder.cut(fields, 2, 5)
     np.testing.assert_array_equal(part["position"], fields["position"][:, :, 2:7])
     assert part["brightness"].shape == (12, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "near"),
+    [("t2v", ()), ("i2v", ("first frame",)), ("flf2v", ("first frame", "last frame"))],
+)
+def test_what_learned_is_scored(out: Path, kind: str, near: tuple[str, ...]) -> None:
+    found = evaluate.scores(evaluate.from_stages(out, kind), clips=2, pairs=0)
+    assert {"kind": kind, "clips": 2}.items() <= found.items()
+    assert {"colour", "shape", "motion", "background"} <= set(found)
+    measured = {name.split(",")[0] for name in found if name.endswith("dB")}
+    assert measured == set(near)
+    assert all(
+        0 <= v <= 1 for k, v in found.items() if k not in ("kind", "clips") and "dB" not in k
+    )

@@ -15,7 +15,7 @@ import wan_jax
 from tests import tolerances
 from tests.random_weights import relative_l2
 from tests.unit.conftest import TINY
-from wan_jax import loading, pipeline, sampler
+from wan_jax import loading, pipeline, sampler, shipped
 from wan_jax.config import NANO_T2V
 from wan_jax.noise import MAX_SEED, initial_noise
 from wan_jax.pipeline import Progress
@@ -404,9 +404,10 @@ def test_nothing_gives_the_random_miniature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "none")
     said: list[str] = []
     wan = wan_jax.load(offload=True, notify=said.append)
-    assert wan.config == NANO_T2V == loading.read_config(None)
+    assert wan.config == NANO_T2V == loading.read_config(shipped.default())
     assert loading.default_cache_dir() == tmp_path / "wan_jax"
     assert (tmp_path / "wan_jax" / miniature.name(NANO_T2V)).is_dir()
     assert "random weights" in said[0]

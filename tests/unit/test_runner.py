@@ -22,13 +22,15 @@ from wan_jax.sampler import Carry, State
 
 Run = Callable[..., None]
 SMALL = ["--cache_dir", "cache", "--size", "64*48", "--frame_num", "5", "--sample_steps", "2"]
+SMALL += ["--prompt", "Two cats."]
 
 
 def test_script_makes_a_video_and_says_how_long_it_took(tmp_path: Path) -> None:
     noise = np.random.RandomState(0).standard_normal((16, 2, 6, 8)).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
+    nano = [*SMALL, "--ckpt_dir", "nano-t2v"]
     runs = [
-        script(*SMALL, "--noise_file", "noise.npy", "--save_file", name, cwd=tmp_path)
+        script(*nano, "--noise_file", "noise.npy", "--save_file", name, cwd=tmp_path)
         for name in ("a.mp4", "a.npz")
     ]
     for done in runs:

@@ -6,7 +6,6 @@ besides the tensors of the file that is being filled.
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from safetensors.numpy import save_file
 
 from wan_jax.config import PARTS, CLIPConfig, Defaults, DiTConfig
 from wan_jax.weights import checkpoint, clip, layouts, rules, trees
@@ -25,6 +23,7 @@ from wan_jax.weights.facts import one_line, read_json
 from wan_jax.weights.folders import alone, check_space, check_writable, written_whole
 from wan_jax.weights.rules import Rule, Shape, Table
 from wan_jax.weights.sources import DEFAULTS_FILE, PartConfig, abstract_part, part_table
+from wan_jax.weights.writers import save_tensors, write_json
 
 DTYPES = ("source", "float32", "bfloat16", "float16")
 MAX_SHARD = 5 * 10**9  # bytes, as in Diffusers and transformers
@@ -137,7 +136,7 @@ def write(
                 if values is not None:
                     others[_PLACES[layout][part].with_name(checkpoint.CONFIG)] = values
             for file, values in others.items():
-                _write_json(work / file, values)
+                write_json(work / file, values)
             if "umt5" in networks:
                 checkpoint.copy_files(src / checkpoint.TOKENIZER, work / _TOKENIZERS[layout])
 
@@ -258,7 +257,7 @@ def _write_networks(
     progress(0)
     for part, network in networks.items():
         limit = None if layout == "original" and part != "dit" else max_shard
-        _save(work / _PLACES[layout][part], _tensors(network, progress), limit=limit)
+        save_tensors(work / _PLACES[layout][part], _tensors(network, progress), limit=limit)
     if on_bytes is not None:
         on_bytes(total, total)
 
@@ -303,45 +302,3 @@ def _unstack(
     for name, tensor in one:
         yield name, network.cast(name, tensor)
         progress(tensor.nbytes)
-
-
-def _save(place: Path, tensors: Iterator[tuple[str, np.ndarray]], *, limit: int | None) -> None:
-    """Write tensors to one file, or to several of at most `limit` bytes and an index of them.
-
-    place: the file without the end of its name, which is as Hugging Face's libraries have it. A
-    tensor that is larger has a file to itself.
-    """
-    place.parent.mkdir(exist_ok=True)
-    files: list[list[str]] = []
-    shard: dict[str, np.ndarray] = {}
-    size = total = 0
-
-    def flush() -> None:
-        # Named when their number is known.
-        save_file(shard, place.with_name(f"{len(files)}.part"), metadata={"format": "pt"})
-        files.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and limit is not None and size + tensor.nbytes > limit:
-            flush()
-            size = 0
-        shard[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    where: dict[str, str] = {}
-    for i, names in enumerate(files):
-        suffix = f"-{i + 1:05d}-of-{len(files):05d}" if len(files) > 1 else ""
-        file = place.with_name(f"{place.name}{suffix}.safetensors")
-        place.with_name(f"{i}.part").rename(file)
-        file.chmod(0o644)  # the library lets only the owner read it
-        where |= dict.fromkeys(names, file.name)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        _write_json(place.with_name(f"{place.name}.safetensors.index.json"), index)
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -53,8 +53,8 @@ def _run(stage: str, out: Path) -> None:
     elif stage == "evaluate":
         _evaluate(out, evaluate)
     elif stage == "pack":
-        size = pack.pack(out, out / "assets")
-        _say(f"{out / 'assets'}: {size / 1e6:.1f} MB")
+        sizes = pack.pack(out, out / "assets")
+        _say(f"{out / 'assets'}: {sum(sizes.values()) / 1e6:.1f} MB")
     else:
         transformer.train(stage, out, seed=_SEED.value, tell=_report, notify=_say)
 

@@ -28,7 +28,7 @@ def from_stages(out: Path, kind: str, *, dtype: str = "bfloat16") -> Wan:
         names["clip"] = "clip"
     found = {part: transformer.read(out, name) for part, name in names.items()}
     config = WanConfig(**{part: c for part, (_, c) in found.items()}, defaults=networks.DEFAULTS)
-    loaders = {
+    loaders: dict[str, Callable[[], Any]] = {
         part: functools.partial(transformer.network, c, arrays, dtype)
         for part, (arrays, c) in found.items()
     }
@@ -54,7 +54,13 @@ def held_out(count: int, objects: int) -> list[Scene]:
     """Scenes of combinations that are never trained on, of all sizes."""
     rng = np.random.default_rng((_SEED, objects))
     return [
-        world.draw(rng, count=objects, size=_SIZES[i % len(_SIZES)], held_out=True)
+        world.draw(
+            rng,
+            count=objects,
+            size=_SIZES[i % len(_SIZES)],
+            frames=world.FRAMES,
+            held_out=True,
+        )
         for i in range(count)
     ]
 
@@ -62,7 +68,7 @@ def held_out(count: int, objects: int) -> list[Scene]:
 def _of_texts(wan: Wan, scenes: Sequence[Scene], notify: Notify) -> dict[str, float]:
     """Shares of what the judge finds right in clips of the scenes' captions."""
     rng = np.random.default_rng(_SEED)
-    verdicts = []
+    verdicts: list[dict[str, bool]] = []
     for size, group in _by_size(scenes):
         texts = [captions.caption(scene, rng) for scene in group]
         video = wan.generate(texts, size=size, seed=len(verdicts))

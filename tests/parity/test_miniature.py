@@ -1,0 +1,99 @@
+"""The miniature that comes with the package, generating here and in diffusers from one folder.
+
+Until it is trained, random weights of its networks take its place.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+from transformers import AutoTokenizer
+
+import wan_jax
+from tests import tolerances
+from tests.random_miniature import write_networks
+from wan_jax import shipped
+from wan_jax.config import KINDS
+from wan_jax.tokenizer import load_tokenizer, tokenize
+from wan_jax.training.miniature import captions
+from wan_jax.training.miniature.pack import pack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Square, for diffusers shows CLIP the middle of an image and the original shows it all of it.
+SIZE, FRAMES, STEPS, GUIDANCE = (64, 64), 9, 3, 4.0
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that has the three checkpoints."""
+    if all((shipped.ASSETS / kind / "model_index.json").is_file() for kind in KINDS):
+        return shipped.ASSETS
+    path = tmp_path_factory.mktemp("miniature")
+    write_networks(path / "networks")
+    pack(path / "networks", path / "assets")
+    return path / "assets"
+
+
+def _images(count: int) -> list[Image.Image]:
+    stream = np.random.RandomState(5)
+    coarse = [stream.randint(0, 256, (4, 4, 3), np.uint8) for _ in range(count)]
+    return [Image.fromarray(pixels).resize(SIZE) for pixels in coarse]
+
+
+def _theirs(folder: Path, noise: np.ndarray, images: list[Image.Image]) -> np.ndarray:
+    """Frames [b, f, y, x, 3] in -1..1 by diffusers."""
+    kind: Any = WanImageToVideoPipeline if images else WanPipeline
+    pipeline = kind.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        prompt=shipped.PROMPT,
+        negative_prompt=captions.NEGATIVE_PROMPT,
+        width=SIZE[0],
+        height=SIZE[1],
+        num_frames=FRAMES,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        latents=torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 4, 1, 2, 3))),
+        **dict(zip(("image", "last_image"), images)),
+    ).frames
+    return 2.0 * np.asarray(frames) - 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_equals_diffusers(assets: Path, kind: str, tmp_path: Path) -> None:
+    """With the checkpoint's own negative prompt, guidance and shift, which diffusers reads too."""
+    images = _images(KINDS.index(kind))
+    noise = np.random.RandomState(3).standard_normal((1, 3, 8, 8, 16)).astype(np.float32)
+    wanted = _theirs(assets / kind, noise, images)
+    wan = wan_jax.load(assets / kind, dtype="float32", cache_dir=tmp_path, offload=True)
+    defaults = wan.config.defaults
+    assert (defaults.guidance, defaults.negative_prompt) == (GUIDANCE, captions.NEGATIVE_PROMPT)
+    latents = wan.generate(
+        shipped.PROMPT,
+        size=SIZE,
+        frames=FRAMES,
+        steps=STEPS,
+        solver="unipc_diffusers",
+        noise=noise,
+        output="latents",
+        **dict(zip(("image", "last_image"), images)),
+    )
+    frames = np.concatenate(list(wan.decode(latents, dtype="float32")), axis=1)
+    assert frames.shape == wanted.shape == (1, FRAMES, SIZE[1], SIZE[0], 3)
+    assert np.std(frames) > tolerances.MINIATURE_SHOWS
+    error = np.mean(np.square(frames.astype(np.float64) - wanted))
+    assert 10.0 * np.log10(2.0**2 / error) >= tolerances.MINIATURE_PSNR
+
+
+def test_the_tokenizer_is_transformers_too(assets: Path) -> None:
+    texts = [*captions.corpus(200, 1), *captions.NEGATIVE_PROMPT.split(", "), "Zürich 猫 🙂", ""]
+    texts += ["A RED circle, medium-sized!", "<0x41> </s> &", "two anthropomorphic cats"]
+    theirs = AutoTokenizer.from_pretrained(assets / "i2v" / "tokenizer")
+    ids, mask = tokenize(load_tokenizer(assets / "t2v" / "tokenizer"), texts, length=64)
+    for text, row, used in zip(texts, ids, mask):
+        assert theirs(text).input_ids == row[: used.sum()].tolist(), text

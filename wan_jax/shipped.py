@@ -1,0 +1,57 @@
+"""What comes with the package: the trained miniature, and a picture and prompts to begin with."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from wan_jax.config import KINDS
+from wan_jax.tokenizer import clean_prompt, load_tokenizer
+
+ASSETS = Path(__file__).parent / "assets"
+PICTURE = ASSETS / "picture.png"
+PROMPT = "A large red circle moves to the right on a plain dark background."
+PICTURE_PROMPT = "A large yellow star moves to the right on a dark gradient background."
+MINIATURES = {f"mini-{kind}": kind for kind in KINDS}
+KNOWS = (
+    "one or two shapes (circle, square, triangle, star, ring, cross; small, medium, large) in red, "
+    "orange, yellow, green, cyan, blue, purple, pink or lime that move (right, left, up, down, "
+    "diagonally), orbit, bounce, grow, shrink, stay still, appear or disappear on plain, gradient "
+    "or checkered backgrounds (dark, grey, light)"
+)
+
+
+def default(images: int = 0) -> str:
+    """The name of what runs where no checkpoint is given; images: 0, 1 or 2."""
+    kind = KINDS[images]
+    # Until assets/ has the trained networks, random ones take their place.
+    trained = (ASSETS / kind / "model_index.json").is_file()
+    return f"mini-{kind}" if trained else f"nano-{kind}"
+
+
+def folder(path: str | os.PathLike[str]) -> Path | None:
+    """The folder of the trained checkpoint that this names; None for any other path.
+
+    A file or folder of the name comes before the miniature. Raises ValueError for a miniature that
+    this installation lacks.
+    """
+    text = os.fspath(path)
+    if text not in MINIATURES or Path(text).exists():
+        return None
+    found = ASSETS / MINIATURES[text]
+    if not (found / "model_index.json").is_file():
+        raise ValueError(f"{text} is not part of this installation; it would be {found}")
+    return found
+
+
+def is_miniature(path: object) -> bool:
+    """Whether this is the folder of a trained checkpoint that comes with the package."""
+    return isinstance(path, Path) and path.parent == ASSETS and path.name in KINDS
+
+
+def unknown_words(path: Path, prompts: Iterable[str]) -> list[str]:
+    """The words of the prompts that the miniature at `path` has no token for, each once."""
+    tokenizer = load_tokenizer(path / "tokenizer")
+    words = [word for text in prompts for word in re.findall(r"[^\W_]+", clean_prompt(text))]
+    known = {word: len(tokenizer.encode(word, add_special_tokens=False)) == 1 for word in words}
+    return [word for word, is_known in known.items() if not is_known]
