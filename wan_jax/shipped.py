@@ -15,7 +15,7 @@ PICTURE_PROMPT = "A large yellow star moves to the right on a dark gradient back
 MINIATURES = {f"mini-{kind}": kind for kind in KINDS}
 KNOWS = (
     "one or two shapes (circle, square, triangle, star, ring, cross; small, medium, large) in red, "
-    "orange, yellow, green, cyan, blue, purple, pink or lime that move (right, left, up, down, "
+    "orange, yellow, green, cyan, blue, purple or pink that move (right, left, up, down, "
     "diagonally), orbit, bounce, grow, shrink, stay still, appear or disappear on plain, gradient "
     "or checkered backgrounds (dark, grey, light)"
 )
