@@ -101,6 +101,13 @@ LORA_TWICE_ROUNDED_SHARE = 0.05  # of values that a second rounding moves, at le
 LORA_DIFFUSERS = 2e-6  # merged, or beside the product as in PEFT: float32 sums; measured 5e-7
 LORA_MATTERS = 0.01  # a LoRA moves the output of the DiT at least so far
 
+# Training
+TRAINING_ATTACHED = 1e-6  # factors beside a product, or in its kernel: float32 sums; measured 4e-7
+TRAINING_SHARDED = 1e-5  # losses of three steps, whose float32 sums are split over four devices
+TRAINING_GRADIENT = 1e-2  # of bfloat16 products: rounded once to 8 bits
+TRAINING_OVERFIT = 0.8  # of the first losses is left when two clips have been learned a little
+TRAINING_OVERFIT_LORA = 0.93  # the same of a LoRA beside random kernels
+
 # Training data
 DATA_LATENTS = 1e-6  # one program over a whole video sums as the chunks do; measured 3.4e-7
 DATA_SCALED = 2.2  # levels of 255: 8-bit 4:2:0 colour, resized by ffmpeg and by Pillow

@@ -7,6 +7,7 @@ So a network built with dtype=bfloat16 has bfloat16 kernels outside its float32 
 same code built with dtype=float32 is the float32 mode.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -36,8 +37,21 @@ def normal(std: float) -> Init:
     return lambda key, shape, dtype: (std * jax.random.normal(key, shape)).astype(dtype)
 
 
+class LowRank(nnx.Module):
+    """A difference of a product's kernel, down @ up: down [*d_in, r], up [r, d_out]; float32."""
+
+    def __init__(self, down: Array, up: Array) -> None:
+        self.down, self.up = nnx.Param(down), nnx.Param(up)
+
+
 class Linear(nnx.Module):
-    """Weights of one product: kernel [*d_in, d_out] and, unless told otherwise, bias [d_out]."""
+    """Weights of one product: kernel [*d_in, d_out] and, unless told otherwise, bias [d_out].
+
+    lora: what is added to the kernel while it is trained; on the class, so that a network without
+    it is the same tree as ever.
+    """
+
+    lora: LowRank | None = None
 
     def __init__(
         self,
@@ -77,17 +91,62 @@ def linear(p: Linear, x: Array) -> Array:
     1.17 times the reference's own distance from float32.
     """
     kernel = p.kernel[...]
+    x = x.astype(kernel.dtype)
+    y = _product(x, kernel)
+    if p.lora is not None:
+        down, up = (half[...].astype(kernel.dtype) for half in (p.lora.down, p.lora.up))
+        y = y + _product(_product(x, down).astype(kernel.dtype), up)
+    if p.bias is not None:
+        y = y + p.bias[...].astype(jnp.float32)
+    return y.astype(kernel.dtype)
+
+
+def _product(x: Array, kernel: Array) -> Array:
+    """x [..., *d_in] times kernel [*d_in, d_out], of one dtype: float32 [..., d_out]."""
+    return _contract(x, kernel) if kernel.dtype == jnp.float32 else _narrow_product(x, kernel)
+
+
+def _contract(x: Array, kernel: Array) -> Array:
     inner = kernel.ndim - 1
-    y = lax.dot_general(
-        x.astype(kernel.dtype),
+    return lax.dot_general(
+        x,
         kernel,
         ((tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner))), ((), ())),
         precision=precision_of(kernel.dtype),
         preferred_element_type=jnp.float32,
     )
-    if p.bias is not None:
-        y = y + p.bias[...].astype(jnp.float32)
-    return y.astype(kernel.dtype)
+
+
+@jax.custom_vjp
+def _narrow_product(x: Array, kernel: Array) -> Array:
+    """_contract() whose gradient multiplies in the kernel's dtype, too.
+
+    JAX's own would be products of float32 with bfloat16, which no matrix unit has. Nothing is lost:
+    linear() rounds the sum to that dtype, so what comes back was rounded as well.
+    """
+    return _contract(x, kernel)
+
+
+def _narrow_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _contract(x, kernel), (x, kernel)
+
+
+def _narrow_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    rows = x.ndim - kernel.ndim + 1
+    product = functools.partial(
+        lax.dot_general,
+        precision=precision_of(kernel.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    g = gradient.astype(kernel.dtype)
+    outer = tuple(range(rows))
+    to_x = product(g, kernel, (((rows,), (kernel.ndim - 1,)), ((), ())))
+    to_kernel = product(x, g, ((outer, outer), ((), ())))
+    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
+
+
+_narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 def layer_norm(x: Array, *, eps: float, affine: LayerNorm | None = None) -> Array:

@@ -81,23 +81,10 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} is needed")
-    cache = _cache(cache_dir)
-    say = notify or (lambda _: None)
     wanted = adapters.chosen(lora)
-    name = shipped.default() if path is None else path
-    small = built_in(name)
-    if small is not None:
-        source = _random_miniature(small, _local(cache), say)
-    else:
-        source = fetch(name, cache_dir=cache_dir, callback=callback, notify=say)
-        if shipped.is_miniature(source):
-            say(f"running the miniature, a small trained Wan; it knows {shipped.KNOWS}")
-    if wanted:
-        adapters.check(wanted, read_config(source).dit)
-    folder = source
-    if not is_checkpoint(source):
-        folder = _converted(source, cache, dtype=dtype, callback=callback, say=say)
-    checkpoint.check_whole(folder, dtype)
+    folder = prepare(
+        path, lora=wanted, dtype=dtype, cache_dir=cache_dir, callback=callback, notify=notify
+    )
     config = checkpoint.read_config(folder)
     loras = adapters.hashed(wanted)
     loaders = _loaders(folder, config, loras, dtype=dtype, text_on_cpu=text_on_cpu)
@@ -111,6 +98,38 @@ def load(
             if part is not None:
                 wan.network(part)
     return wan
+
+
+def prepare(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    lora: Sequence[adapters.Chosen] = (),
+    dtype: str = "bfloat16",
+    cache_dir: str | os.PathLike[str] | None = None,
+    callback: Callback | None = None,
+    notify: Notify | None = None,
+) -> Any:
+    """The folder of the converted checkpoint that load() of the same would read, made if needed.
+
+    lora: checked against it before anything slow.
+    """
+    cache = _cache(cache_dir)
+    say = notify or (lambda _: None)
+    name = shipped.default() if path is None else path
+    small = built_in(name)
+    if small is not None:
+        source = _random_miniature(small, _local(cache), say)
+    else:
+        source = fetch(name, cache_dir=cache_dir, callback=callback, notify=say)
+        if shipped.is_miniature(source):
+            say(f"running the miniature, a small trained Wan; it knows {shipped.KNOWS}")
+    if lora:
+        adapters.check(lora, read_config(source).dit)
+    folder = source
+    if not is_checkpoint(source):
+        folder = _converted(source, cache, dtype=dtype, callback=callback, say=say)
+    checkpoint.check_whole(folder, dtype)
+    return folder
 
 
 def _loaders(

@@ -33,7 +33,7 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         say(f"skipped {path}: it is there already")
     if not plan.jobs:
         return
-    _start(values)
+    start(values)
     report = Reporter()
     wan = wan_jax.load(
         plan.source,
@@ -74,7 +74,7 @@ def _runs(values: flags.FlagValues, wan: wan_jax.Wan, jobs: Sequence[Job]) -> li
     return runs
 
 
-def _start(values: flags.FlagValues) -> None:
+def start(values: flags.FlagValues) -> None:
     """Settle on a device; RuntimeError if JAX cannot start (without a plugin it only asserts)."""
     try:
         jax.devices()
@@ -199,7 +199,7 @@ class _Run:
                     raise Stopped(step, signals[0])
 
         known = self._images.encode(self.job, report)
-        with _held_back(active=self._store is not None) as signals:
+        with held_back(active=self._store is not None) as signals:
             latents = self.wan.denoise(
                 self.job.request, np.stack(contexts), start, on_progress, known=known
             )
@@ -289,7 +289,7 @@ def _sums(*parts: Mapping[str, float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _held_back(*, active: bool) -> Iterator[list[int]]:
+def held_back(*, active: bool) -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM of the block are listed, not raised; a second one is raised."""
     signals: list[int] = []
     if not active:

@@ -181,17 +181,25 @@ def settings(values: flags.FlagValues, configs: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The literal of a configuration file, `config = {...}`; nothing in the file is executed."""
+    """The settings of a generation in a configuration file; ValueError for an unknown one."""
+    found = read_literal(path)
     try:
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        values = [n.value for n in module.body if isinstance(n, ast.Assign)]
-        found = dict(ast.literal_eval(values[0]))
         found["sizes"] = [(int(w), int(h)) for w, h in found.get("sizes", ())]
-    except (OSError, SyntaxError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"--config {path} is not a file with one `config = {{...}}`: {error}"
-        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config {path} has sizes that are none: {error}") from error
     unknown = sorted(set(found) - set(_SETTINGS))
     if unknown:
         raise ValueError(f"--config {path} has unknown settings {unknown}; known: {_SETTINGS}")
     return found
+
+
+def read_literal(path: Path) -> dict[str, Any]:
+    """The literal of a configuration file, `config = {...}`; nothing in the file is executed."""
+    try:
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        values = [n.value for n in module.body if isinstance(n, ast.Assign)]
+        return dict(ast.literal_eval(values[0]))
+    except (OSError, SyntaxError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"--config {path} is not a file with one `config = {{...}}`: {error}"
+        ) from error

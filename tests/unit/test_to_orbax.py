@@ -354,7 +354,7 @@ from wan_jax.weights import checkpoint
 from wan_jax.weights.sources import open_folder
 
 source, out, moment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-save, seen = checkpoint._save, []
+save, seen = checkpoint.save_arrays, []
 
 def slow(path, arrays):
     if len(seen) == moment:
@@ -363,7 +363,7 @@ def slow(path, arrays):
     seen.append(path)
     save(path, arrays)
 
-checkpoint._save = slow
+checkpoint.save_arrays = slow
 checkpoint.write(open_folder(source), out, dtype="bfloat16")
 """
 

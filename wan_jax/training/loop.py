@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from wan_jax.sampler import DivergedError
+from wan_jax.sharding import Layout
 from wan_jax.training.metrics import Metrics
 from wan_jax.training.optimizer import OptimizerConfig
 from wan_jax.training.saving import Saver
@@ -25,7 +26,7 @@ Place = Callable[[Any], Any]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How a run is kept. Every so many steps: log_every hands metrics to the disk, checkpoint_every
-    writes a checkpoint, of which the newest `keep` stay, sample_every calls on_sample; 0 is never.
+    writes a checkpoint, of which the newest `keep` stay, sample_every makes samples; 0 is never.
     """
 
     seed: int = 0
@@ -46,7 +47,7 @@ class LoopConfig:
 
 
 class Report(NamedTuple):
-    """What on_report is told now and then: the step, of how many, its metrics, seconds a step."""
+    """What is told now and then: the step, of how many, its metrics, seconds a step."""
 
     step: int
     steps: int
@@ -65,41 +66,80 @@ def run(
     frozen: Any = None,
     facts: dict[str, Any] | None = None,
     place: Place = jax.device_put,
-    place_state: Place = jax.device_put,
+    layout: Layout | None = None,
     tensorboard: bool = False,
     on_report: Callable[[Report], None] | None = None,
+    on_checkpoint: Callable[[State], None] | None = None,
     on_sample: Callable[[State], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> State:
     """Train until optimizer.steps, from the newest checkpoint in `out` if there is one.
 
-    params: {network: {path: array}} to start from. frozen: what the loss reads beside them. facts:
-    JSON that tells this training from others; a checkpoint of another one is refused. place,
-    place_state: put a batch, the state on the devices. Raises sampler.DivergedError, naming the
-    step, when the loss is no longer finite; the checkpoints before it stay.
+    params: {network: {path: array}} to start from, which are used up. frozen: what the loss reads
+    beside them. facts: JSON that tells this training from others; a checkpoint of another one is
+    refused. place: puts a batch on the devices. layout: where the state lies; None is the first
+    device. on_report: told the metrics when they are written; on_checkpoint: given the state when a
+    checkpoint of it is begun; on_sample: given it every sample_every steps and at the end. stop:
+    asked after every step whether to leave now, with a checkpoint. Raises sampler.DivergedError,
+    naming the step, when the loss is no longer finite; the checkpoints before it stay.
     """
     out.mkdir(parents=True, exist_ok=True)
-    step = make_step(loss, optimizer, accumulate=loop.accumulate)
-    state = place_state(make_state(params, optimizer, seed=loop.seed))
     own = {"optimizer": dataclasses.asdict(optimizer), "seed": loop.seed} | (facts or {})
     own["accumulate"] = loop.accumulate
     with Saver(out, keep=loop.keep, facts=own) as saver:
-        found = saver.restore(state)
-        state = state if found is None else found
+        state, shardings = _begin(saver, params, optimizer, loop.seed, layout)
+        # Pinned, or XLA may choose to leave a part of the state elsewhere than it was.
+        options = {} if shardings is None else {"out_shardings": (shardings, None)}
+        step = make_step(loss, optimizer, accumulate=loop.accumulate, **options)
         done = int(state.step)
         with Metrics(out, step=done, tensorboard=tensorboard) as metrics:
             pending = _Pending(metrics, optimizer.steps, on_report)
             for number, batch in _ahead(batches, place, done, optimizer.steps):
                 state, values = step(state, frozen, batch)
                 pending.add(number + 1, values)
-                last = number + 1 == optimizer.steps
+                stopped = stop()
+                last = stopped or number + 1 == optimizer.steps
                 if last or (number + 1) % loop.log_every == 0:
                     pending.write()
                 if last or _due(number + 1, loop.checkpoint_every):
                     pending.write()
                     saver.save(state)
-                if on_sample is not None and (last or _due(number + 1, loop.sample_every)):
+                    if on_checkpoint is not None:
+                        on_checkpoint(state)
+                due = not stopped and (last or _due(number + 1, loop.sample_every))
+                if on_sample is not None and due:
                     on_sample(state)
+                    pending.rest()
+                if stopped:
+                    break
     return state
+
+
+def _begin(
+    saver: Saver, params: Params, optimizer: OptimizerConfig, seed: int, layout: Layout | None
+) -> tuple[State, Any]:
+    """The state to go on from and where its arrays lie."""
+
+    def make(given: Params) -> State:
+        return make_state(given, optimizer, seed=seed)
+
+    like = jax.eval_shape(make, params)
+    shardings = None if layout is None else layout.weights(like)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = saver.restore(
+        jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            like,
+            jax.tree.map(lambda _: device, like) if shardings is None else shardings,
+        )
+    )
+    if found is None:
+        # Donated, so that there is no moment with one copy more than the training needs.
+        return jax.jit(make, donate_argnums=0, out_shardings=shardings)(params), shardings
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.delete()
+    return found, shardings
 
 
 def _due(step: int, every: int) -> bool:
@@ -132,6 +172,10 @@ class _Pending:
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         self._values.append((step, values))
+
+    def rest(self) -> None:
+        """Leave the time since the last writing out of the seconds a step."""
+        self._since = time.monotonic()
 
     def write(self) -> None:
         """Write what there is; DivergedError at a loss that is not finite."""

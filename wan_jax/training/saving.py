@@ -1,5 +1,6 @@
 """Where training stands, on disk: Orbax checkpoints that appear whole, and what they belong to."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Saver:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=True
         )
-        self._facts = dict(facts)
+        self._facts = json.loads(json.dumps(facts))  # as they will be read
         self._manager = ocp.CheckpointManager((out / FOLDER).absolute(), options=options)
 
     def __enter__(self) -> "Saver":
@@ -43,7 +44,7 @@ class Saver:
         self._manager.save(step, args=arguments, force=True)
 
     def restore(self, like: State) -> State | None:
-        """The newest state, placed as `like` is; None if there is none.
+        """The newest state, placed as `like`, which may be shapes with shardings, is; or None.
 
         Raises ValueError, naming what differs, if it belongs to another training.
         """

@@ -32,7 +32,7 @@ class State(NamedTuple):
 
 
 def make_state(params: Params, config: OptimizerConfig, *, seed: int) -> State:
-    """The state before the first step; its arrays are its own."""
+    """The state before the first step, in arrays of its own."""
     own = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     average = jax.tree.map(jnp.copy, own) if config.ema_decay else {}
     moments = make_optimizer(config).init(own)
@@ -70,7 +70,12 @@ def _accumulated(
     """((loss, metrics), gradient) of the batch, as means over its pieces."""
     if pieces == 1:
         return gradient(state.params, frozen, batch, key)
-    split = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
+
+    def cut(x: Array) -> Array:
+        # Every piece takes from all over the batch, so rows stay on the device that they are on.
+        return x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1)
+
+    split = jax.tree.map(cut, batch)
 
     def one(total: Any, item: tuple[Any, Array]) -> tuple[Any, None]:
         found = gradient(state.params, frozen, *item)

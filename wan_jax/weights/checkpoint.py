@@ -40,6 +40,7 @@ _CONFIGS: dict[str, type[PartConfig]] = {
 
 OnBytes = Callable[[int, int], None]
 Plans = Mapping[str, list[rules.Assignment]]
+Where = jax.sharding.Sharding | Callable[[tuple[int, ...]], jax.sharding.Sharding]
 
 
 def plan(folder: Folder, dtype: str) -> Plans:
@@ -121,8 +122,8 @@ def write(
     plans = check(folder, path, dtype=dtype, remedy=remedy)
     with written_whole(path, is_whole=is_checkpoint) as work:
         parts = _fill(work, folder, plans, on_bytes=on_bytes)
-        _write_json(work / CONFIG, _sections(folder))
-        _write_json(work / MANIFEST, _manifest(parts, dtype))
+        write_json(work / CONFIG, _sections(folder))
+        write_json(work / MANIFEST, make_manifest(parts, dtype))
 
 
 def add(folder: Folder, path: Path, *, on_bytes: OnBytes | None = None, remedy: str) -> None:
@@ -153,8 +154,8 @@ def add(folder: Folder, path: Path, *, on_bytes: OnBytes | None = None, remedy: 
             if (work / name).exists():
                 shutil.rmtree(path / name, ignore_errors=True)
                 (work / name).rename(path / name)
-        _write_json(path / CONFIG, sections)
-        _write_json(path / MANIFEST, _manifest(before["parts"] | parts, before["dtype"]))
+        write_json(path / CONFIG, sections)
+        write_json(path / MANIFEST, make_manifest(before["parts"] | parts, before["dtype"]))
     shutil.rmtree(path / _ADDED, ignore_errors=True)
 
 
@@ -176,7 +177,9 @@ def _fill(work: Path, folder: Folder, plans: Plans, *, on_bytes: OnBytes | None)
         for part, items in plans.items():
             source = folder.sources[part]
             what = str(_where(source))
-            _save(work / part, rules.apply(items, source.reader, what=what, progress=progress))
+            save_arrays(
+                work / part, rules.apply(items, source.reader, what=what, progress=progress)
+            )
         if folder.tokenizer is not None:
             copy_files(folder.tokenizer, work / TOKENIZER)
         parts = {part: _entry(folder, part, plans[part], hashes) for part in plans}
@@ -188,14 +191,15 @@ def _fill(work: Path, folder: Folder, plans: Plans, *, on_bytes: OnBytes | None)
     return parts
 
 
-def _write_json(file: Path, values: Any) -> None:
+def write_json(file: Path, values: Any) -> None:
     """The file is the old one or the new one, never half of it."""
     work = file.with_name(f".{file.name}.partial-{os.getpid()}")
     work.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
     work.rename(file)
 
 
-def _save(path: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
+def save_arrays(path: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Write a network's arrays, which are asked for one at a time; OSError naming the folder."""
     options = ocp.Context()
     # Trained weights hardly compress: without, half the memory and twice the speed both ways.
     options.array.saving.use_compression = False
@@ -268,10 +272,11 @@ def _entry(
     }
 
 
-def _manifest(parts: dict[str, Any], dtype: str) -> dict[str, Any]:
+def make_manifest(parts: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """What manifest.json says of these parts, {part: its entry}."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    digest = _digest(parts)
-    return {"format": FORMAT, "dtype": dtype, "written": now, "digest": digest, "parts": parts}
+    name = _digest(parts)
+    return {"format": FORMAT, "dtype": dtype, "written": now, "digest": name, "parts": parts}
 
 
 def _digest(parts: Mapping[str, Any]) -> str:
@@ -346,18 +351,17 @@ def _explained(path: Path) -> Iterator[None]:
         raise ValueError(f"{path / CONFIG} is not a wan_jax configuration: {error}") from error
 
 
-def restore(
-    path: Path, part: str, config: WanConfig, *, dtype: str, sharding: jax.sharding.Sharding | None
-) -> Any:
+def restore(path: Path, part: str, config: WanConfig, *, dtype: str, sharding: Where | None) -> Any:
     """One network of a checkpoint, by its name in PARTS, straight to the devices.
 
-    sharding: where every array goes; None puts them on the default device. Raises ValueError
-    naming the folder that cannot be read.
+    sharding: where every array goes, or one of its shape; None puts them on the default device.
+    Raises ValueError naming the folder that cannot be read.
     """
     where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = where if callable(where) else lambda _: where
     module = abstract_part(getattr(config, part), jnp.dtype(dtype))
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf.shape))
         for name, leaf in trees.flatten(module).items()
     }
     try:

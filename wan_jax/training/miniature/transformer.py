@@ -56,8 +56,6 @@ def train(
     *,
     seed: int,
     recipe: Recipe | None = None,
-    place: loop.Place = jax.device_put,
-    place_state: loop.Place = jax.device_put,
     tell: Callable[[loop.Report], None] | None = None,
     notify: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -96,9 +94,7 @@ def train(
             ema_decay=0.998,
         ),
         loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=2000, checkpoint_every=0),
-        frozen=place_state(frozen) if frozen else None,
-        place=place,
-        place_state=place_state,
+        frozen=jax.device_put(frozen) if frozen else None,
         on_report=tell,
         on_sample=lambda state: finish(stage, out, state),
     )

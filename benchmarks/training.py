@@ -1,0 +1,157 @@
+"""A step of training of the 1.3B's DiT: all weights, and a LoRA beside them.
+
+    python benchmarks/training.py [--remats none,attention,full] [--kinds full,lora]
+
+Random weights made on the card, one clip of 832x480 and 81 frames as latents. Each line is measured
+in a process of its own; what does not fit says so. Prints one table and writes
+results/training.json. Needs a CUDA GPU.
+
+TFLOP of a step are what the mathematics needs, without what is computed again. Products and
+attention of one forward are P + A. All weights: 3 (P + A), one for the forward, one each for the
+gradients of inputs and weights. A LoRA of rank r beside the kernels: 2 P + 3 A + 3 L, as kernels
+have no gradient (attention's backward is counted twice its forward), L being 2 n r (d_in + d_out)
+for every product with factors.
+"""
+
+import argparse
+import os
+import time
+from typing import Any
+
+from measure import child, report, save, table, versions
+
+KINDS = ("full", "lora")
+REMATS = ("none", "attention", "full")
+PEAK = 989.0  # TFLOP/s of bfloat16 without sparsity, from NVIDIA's data sheet of the H200
+WARMUPS, STEPS = 2, 7
+
+
+def sizes(*, tiny: bool) -> tuple[Any, tuple[int, int, int]]:
+    """The network and the latent grid [t, h, w]."""
+    from wan_jax.config import NANO_T2V, RELEASED
+
+    if tiny:
+        return NANO_T2V.dit, (2, 8, 8)
+    return RELEASED["t2v-1.3B"].dit, (21, 60, 104)
+
+
+def step_tflop(config: Any, grid: tuple[int, int, int], *, rank: int) -> float:
+    """Floating-point operations of a step in 1e12; rank 0: all weights are trained."""
+    t, h, w = grid
+    d, ffn, text = config.dim, config.ffn_dim, config.text_len
+    tokens = t * h * w // 4
+    products = 2 * tokens * (6 * d * d + 2 * d * ffn) + 2 * text * 2 * d * d
+    attention = 4 * tokens * (tokens + text) * d
+    if rank == 0:
+        return 3 * config.num_layers * (products + attention) / 1e12
+    factors = 2 * rank * (tokens * (6 * 2 * d + 2 * (d + ffn)) + text * 2 * 2 * d)
+    return config.num_layers * (2 * products + 3 * attention + 3 * factors) / 1e12
+
+
+def matmul_tflops(size: int) -> float:
+    """Measured TFLOP/s of a square bfloat16 product: what a step could at best come to."""
+    import jax
+    import jax.numpy as jnp
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, y = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
+    repeats = 20
+
+    @jax.jit
+    def many(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, repeats, lambda _, z: (z @ y) * jnp.bfloat16(0.01), x)
+
+    jax.block_until_ready(many(x, y))
+    start = time.perf_counter()
+    jax.block_until_ready(many(x, y))
+    return repeats * 2 * size**3 / (time.perf_counter() - start) / 1e12
+
+
+def measure(kind: str, remat: str, *, rank: int, tiny: bool) -> dict[str, Any]:
+    """Median seconds of a step, its memory, and the rate of a product in the same process."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from wan_jax.dit import DiT
+    from wan_jax.training import finetune, flow, lora
+    from wan_jax.training.batches import Batch
+    from wan_jax.training.optimizer import OptimizerConfig
+    from wan_jax.training.step import make_state, make_step
+
+    config, grid = sizes(tiny=tiny)
+    rate = matmul_tflops(256 if tiny else 8192)
+    network = jax.jit(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
+    optimizer = OptimizerConfig(steps=100, learning_rate=1e-5, warmup_steps=1)
+    trained: finetune.Trained
+    if kind == "full":
+        trained, frozen = finetune.Full(config, jnp.dtype(jnp.bfloat16)), None
+        params = {finetune.FULL: finetune.masters(network)}
+        del network
+    else:
+        trained, frozen = finetune.Beside(1.0), network
+        factors = lora.fresh(config, rank, lora.TARGETS, jax.random.key(1))
+        params = {finetune.LORA: factors}
+    make = jax.jit(lambda p: make_state(p, optimizer, seed=0), donate_argnums=0)
+    state = make(params)
+    keys = jax.random.split(jax.random.key(2), 2)
+    context = jax.random.normal(keys[1], (1, config.text_len, config.text_dim), jnp.bfloat16)
+    batch = Batch(jax.random.normal(keys[0], (1, *grid, 16)), context, None, None)
+    inputs = finetune.Frozen(context[0], frozen)
+    step = make_step(finetune.make_loss(trained, flow.FlowConfig(remat=remat)), optimizer)
+    times = []
+    for _ in range(WARMUPS + STEPS):
+        start = time.perf_counter()
+        state, metrics = step(state, inputs, batch)
+        loss = float(metrics["loss"])
+        times.append(time.perf_counter() - start)
+    stats = jax.devices()[0].memory_stats() or {}
+    weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return {
+        "seconds": sorted(times[WARMUPS:])[STEPS // 2],
+        "first_seconds": times[0],
+        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+        "trained_millions": weights / 1e6,
+        "loss": loss,
+        "matmul_tflop_per_s": rate,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--remats", default=",".join(REMATS))
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        report(measure(*arguments.child, rank=arguments.rank, tiny=arguments.tiny))
+        return
+    rows = []
+    config, grid = sizes(tiny=arguments.tiny)
+    for kind in arguments.kinds.split(","):
+        rank = arguments.rank if kind == "lora" else 0
+        tflop = step_tflop(config, grid, rank=rank)
+        for remat in arguments.remats.split(","):
+            more = ["--rank", str(arguments.rank), *(["--tiny"] if arguments.tiny else [])]
+            result = child(__file__, ["--child", kind, remat, *more])
+            row = {"train": kind, "rank": rank, "remat": remat, "tflop": tflop, **result}
+            if "seconds" in result:
+                rate = tflop / result["seconds"]
+                row |= {"tflop_per_s": rate, "mfu_peak": rate / PEAK}
+                row["mfu_matmul"] = rate / result["matmul_tflop_per_s"]
+            rows.append(row)
+            print(row, flush=True)
+    import jax
+
+    device = jax.devices()[0].device_kind
+    path = save("training", rows, {"device": device, "peak_tflop_per_s": PEAK})
+    print(f"{device}, {versions()}\nwritten to {path}")
+    columns = ("train", "remat", "seconds", "tflop", "tflop_per_s", "mfu_peak", "mfu_matmul")
+    print(table(rows, (*columns, "peak_gib", "error")))
+
+
+if __name__ == "__main__":
+    main()
