@@ -207,7 +207,7 @@ def test_the_picture_and_the_prompts_are_of_the_world(tmp_path: Path) -> None:
         difference = np.asarray(one).astype(int) - np.asarray(other)
     assert np.abs(difference).max() <= 1  # rounded on another machine
     known = re.findall(r"\w+", shipped.KNOWS)
-    for word in (*world.SHAPES, *world.PALETTE, *world.KINDS, *world.TONES, *world.SIZES):
+    for word in (*world.SHAPES, *world.COLOURS, *world.KINDS, *world.TONES, *world.SIZES):
         assert word in known, word
 
 

@@ -263,7 +263,7 @@ def test_hub_brings_what_is_read_once(hub: fake_hub.FakeHub, tmp_path: Path) -> 
     expected = {
         n for n in hub.files() if n.split("/")[0] not in ("README.md", "assets", "examples")
     }
-    assert set(tree(folder)) == expected - {"config.yaml"}
+    assert set(tree(folder)) == expected - {"config.yaml", "scheduler/scheduler_config.json"}
     assert all(data == hub.files()[name].read_bytes() for name, data in tree(folder).items())
     assert open_folder(folder).path == folder
     assert len(said) == 1

@@ -119,6 +119,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path: Path
     assert [line["step"] for line in lines(tmp_path)][:6] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_lost_gradient_under_a_finite_loss_is_not_saved(tmp_path: Path) -> None:
+    def lost(params: Params, frozen: Any, batch: Any, key: jax.Array) -> Any:
+        value, found = loss(params, frozen, batch, key)
+        zero = 0.0 * params["net"]["layer.bias"][0]
+        return value + 0.0 * jnp.sqrt(zero * batch["bad"]), found
+
+    def some(step: int) -> Any:
+        return batches(step) | {"bad": np.float32(1.0)}
+
+    every = LoopConfig(checkpoint_every=1, log_every=4)
+    with pytest.raises(DivergedError, match="the gradient became nan at step 1"):
+        run(params(), lost, some, tmp_path, optimizer=OPTIMIZER, loop=every)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_pieces_of_a_batch_give_the_gradient_of_the_whole() -> None:
     def quiet(params: Params, frozen: Any, batch: Any, key: jax.Array) -> Any:
         net = params["net"]
@@ -168,6 +183,9 @@ def test_norms_and_biases_are_not_decayed() -> None:
         (lambda: OptimizerConfig(steps=0, learning_rate=1.0), "steps is 0"),
         (lambda: OptimizerConfig(steps=10, learning_rate=1.0, warmup_steps=-1), "warmup_steps"),
         (lambda: OptimizerConfig(steps=10, learning_rate=-1.0), "learning_rate is -1"),
+        (lambda: OptimizerConfig(steps=10, learning_rate=float("inf")), "learning_rate is inf"),
+        (lambda: OptimizerConfig(steps=10, learning_rate=1.0, clip_norm=0), "clip_norm is 0"),
+        (lambda: OptimizerConfig(steps=10, learning_rate=1.0, beta2=1.0), "beta2 is 1.0"),
         (lambda: LoopConfig(keep=0), "keep is 0"),
         (lambda: LoopConfig(log_every=True), "log_every is True"),
         (lambda: flow.FlowConfig(shift=0.0), "shift is 0"),

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from wan_jax import loading, request, runner, sharding
+from wan_jax import loading, request, runner, sharding, shipped
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.config import WanConfig
 from wan_jax.pipeline import Wan
@@ -122,13 +122,13 @@ def make_plan(values: flags.FlagValues) -> Plan:
     for folder in (out, encoded):
         folders.check_writable(folder)
     examples = read_listing(values.data, notify=say)
-    source = settings.ckpt_dir
-    if source is not None and loading.built_in(source) is None and not Path(source).exists():
+    source = settings.ckpt_dir or shipped.default()
+    if loading.built_in(source) is None and not Path(source).exists():
         if values.dry_run and (remote.is_bucket(source) or remote.is_hub_id(source)):
             say(f"{source} is not on this machine: what depends on it is not checked")
             return Plan(settings, None, source, examples, [], out, encoded)
         source = loading.fetch(source, cache_dir=values.cache_dir, callback=Reporter(), notify=say)
-    network = loading.read_config(source if source is None else loading.fetch(source))
+    network = loading.read_config(loading.fetch(source))
     try:
         settings, requests = _checked(settings, network)
     except ValueError as error:
@@ -158,7 +158,7 @@ def describe(plan: Plan) -> str:
     epochs = own.steps * own.batch_size / len(plan.examples)
     kind = "not on this machine" if plan.network is None else _numbers(plan)
     return (
-        f"train {count} of {own.ckpt_dir or 'the random miniature'} ({kind})\n"
+        f"train {count} of {own.ckpt_dir or shipped.default()} ({kind})\n"
         f"data: {len(plan.examples)} examples at {own.size}, {own.frames} frames, {own.fps} fps, "
         f"encoded into {plan.encoded}\n"
         f"{own.steps} steps of {own.batch_size} clips, about {epochs:.1f} epochs; a checkpoint "

@@ -82,6 +82,8 @@ def loss(
     clean = clean_bthwc.astype(jnp.float32)
     share = sigma[:, None, None, None, None]
     x = (1.0 - share) * clean + share * noise
+    if (known_bthwc is None) != (tokens_bsd is None):
+        raise ValueError("known and tokens tell of the same images; one of them is missing")
     if known_bthwc is not None and tokens_bsd is not None:
         nothing = jnp.zeros((), jnp.float32)
         # One key: a clip without its images has neither of their two forms.

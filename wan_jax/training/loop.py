@@ -81,7 +81,7 @@ def run(
     device. on_report: told the metrics when they are written; on_checkpoint: given the state when a
     checkpoint of it is begun; on_sample: given it every sample_every steps and at the end. stop:
     asked after every step whether to leave now, with a checkpoint. Raises sampler.DivergedError,
-    naming the step, when the loss is no longer finite; the checkpoints before it stay.
+    naming the step, when loss or gradient is no longer finite; the checkpoints before it stay.
     """
     out.mkdir(parents=True, exist_ok=True)
     own = {"optimizer": dataclasses.asdict(optimizer), "seed": loop.seed} | (facts or {})
@@ -184,8 +184,10 @@ class _Pending:
         count = len(self._values)
         for step, arrays in self._values:
             values = {name: float(np.asarray(value)) for name, value in arrays.items()}
-            if not math.isfinite(values["loss"]):
-                raise DivergedError(f"the loss became {values['loss']} at step {step}")
+            for name in ("loss", "grad_norm"):  # a gradient can be lost where the loss is not
+                if not math.isfinite(values[name]):
+                    what = name.replace("grad_norm", "gradient")
+                    raise DivergedError(f"the {what} became {values[name]} at step {step}")
             self._metrics.write(step, values)
         self._values.clear()
         self._metrics.flush()

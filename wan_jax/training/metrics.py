@@ -40,6 +40,8 @@ class Metrics:
         """Hand to the disk what was written."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.flush()
 
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():

@@ -1,6 +1,7 @@
 """AdamW with warm-up, cosine decay and clipping, from optax, and what it counts as a weight."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -30,24 +31,21 @@ class OptimizerConfig:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        bounds = {
-            "steps": (1, None),
-            "learning_rate": (0, None),
-            "warmup_steps": (0, None),
-            "final_ratio": (0, 1),
-            "beta1": (0, 1),
-            "beta2": (0, 1),
-            "eps": (0, 1),
-            "weight_decay": (0, None),
-            "clip_norm": (0, None),
-            "ema_decay": (0, 1),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            kinds = (int,) if name in ("steps", "warmup_steps") else (int, float)
-            fits = isinstance(value, kinds) and not isinstance(value, bool)
-            if not fits or not low <= value or (high is not None and value > high):
-                span = f"at least {low}" if high is None else f"{low} to {high}"
+        shares = ("final_ratio", "beta1", "beta2", "eps", "ema_decay")
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            whole = name in ("steps", "warmup_steps")
+            number = isinstance(value, int if whole else int | float)
+            fits = number and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+            if name in ("steps", "clip_norm"):
+                fits, span = fits and value > 0, "a number above 0"
+            elif name in shares:
+                top = name == "final_ratio"
+                fits = fits and (value <= 1 if top else value < 1)
+                span = "0 to 1" if top else "0 or more and less than 1"
+            else:
+                span = "0 or more"
+            if not fits:
                 raise ValueError(f"{name} is {value!r}; {span} is needed")
 
 

@@ -161,7 +161,8 @@ def train(
             weight_decay=0.0,
             ema_decay=0.998,
         ),
-        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=2000, checkpoint_every=0),
+        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=2000, checkpoint_every=1000),
+        facts={"stills": stills, "network": networks.VAE.to_dict()},
         on_report=tell,
         on_sample=lambda state: finish(out, state),
     )

@@ -1,6 +1,8 @@
 """Trained networks between the stages: safetensors of dotted paths, with their configuration."""
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +30,12 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with safe_open(path, framework="np") as file:
         config = json.loads(file.metadata()[_FIELD])
     return load_file(path), config
+
+
+def digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the files of stages, by which a training knows what it was begun from."""
+    found = {}
+    for name in names:
+        with (folder / f"{name}.safetensors").open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -47,6 +47,7 @@ RECIPES = {
     "i2v": Recipe(4000, 16_000, 256, 7e-4, ("clip",), ("umt5",)),
     "flf2v": Recipe(3000, 16_000, 256, 7e-4, (), ("umt5", "clip")),
 }
+_BEFORE = {"t2v": (), "i2v": ("t2v",), "flf2v": ("i2v",)}  # whose weights a stage begins from
 FLOW = flow.FlowConfig(shift=networks.DEFAULTS.shift, image_dropout=0.05, remat="none")
 
 
@@ -93,7 +94,12 @@ def train(
             beta2=0.98,
             ema_decay=0.998,
         ),
-        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=2000, checkpoint_every=0),
+        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=2000, checkpoint_every=1000),
+        facts={
+            "recipe": list(recipe),
+            "network": config.to_dict(),
+            "inputs": files.digests(out, ("vae", *recipe.frozen, *_BEFORE[stage])),
+        },
         frozen=jax.device_put(frozen) if frozen else None,
         on_report=tell,
         on_sample=lambda state: finish(stage, out, state),
@@ -129,8 +135,8 @@ def begin(stage: str, out: Path, recipe: Recipe, seed: int) -> Params:
         params["umt5"] = _fresh(lambda: umt5.UMT5(networks.UMT5, rngs=keys, dtype=jnp.float32))
     if "clip" in recipe.trained:
         params["clip"] = _fresh(lambda: clip.CLIP(networks.CLIP, rngs=keys, dtype=jnp.float32))
-    if stage != "t2v":
-        before, _ = read(out, "i2v" if stage == "flf2v" else "t2v")
+    if _BEFORE[stage]:
+        before, _ = read(out, _BEFORE[stage][0])
         params["dit"] = grown(params["dit"], before)
     return params
 
