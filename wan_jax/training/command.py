@@ -211,7 +211,8 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         callback=report,
         notify=say,
     )
-    maker = samples.Samples(wan, plan.requests, plan.out, callback=report, notify=say)
+    fps = plan.config.fps
+    maker = samples.Samples(wan, plan.requests, plan.out, fps=fps, callback=report, notify=say)
     with Batches(found, batch_size=own.batch_size, seed=own.seed) as batches:
         model = _model(plan, source, wan, values.dtype, layout, batches.null)
         state = _train(values, plan, model, batches, maker, layout, _facts(plan, wan, found))

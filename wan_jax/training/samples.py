@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from wan_jax import media, noise, pipeline
@@ -59,7 +60,7 @@ def requests(config: TrainConfig, wan: WanConfig) -> list[Request]:
 class Samples:
     """Makes the samples; text and images are encoded when this is made, and only then.
 
-    wan: with offloading, so that no network stays on the device. out: of the training.
+    wan: with offloading, so that no network stays on the device. out, fps: of the training.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Samples:
         requests: list[Request],
         out: Path,
         *,
+        fps: float | None = None,
         callback: Callback | None = None,
         notify: Notify | None = None,
     ) -> None:
         self._wan, self._folder = wan, out / FOLDER
+        self._fps = fps or wan.config.defaults.fps
         self._say = notify or (lambda _: None)
         texts = list(dict.fromkeys(t for request in requests for t in pipeline.texts(request)))
         states = dict(zip(texts, wan.encode_text(texts, callback), strict=True)) if texts else {}
@@ -96,8 +99,8 @@ class Samples:
             path = self._folder / f"step_{step:06}_{k}{suffix}"
             try:
                 self._make(sample, path, network)
-            except (DivergedError, OSError, ValueError) as error:
-                self._say(f"sample {path.name} failed: {error}")
+            except (DivergedError, OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+                self._say(f"sample {path.name} failed: {error}")  # no memory is the last
                 continue
             paths.append(path)
         return paths
@@ -113,6 +116,6 @@ class Samples:
         media.save_video(
             trained.decode(latents, dtype=floats),
             path,
-            fps=wan.config.defaults.fps,
+            fps=self._fps,
             metadata=lambda: about,
         )
