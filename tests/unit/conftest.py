@@ -69,3 +69,13 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wan(tiny_source: Path, tiny_cache: Path) -> wan_jax.Wan:
     """tiny_source in float32, its networks on the device."""
     return wan_jax.load(tiny_source, dtype="float32", cache_dir=tiny_cache)
+
+
+@pytest.fixture(scope="module")
+def i2v(tiny_i2v_source: Path, tiny_cache: Path) -> wan_jax.Wan:
+    return wan_jax.load(tiny_i2v_source, dtype="float32", cache_dir=tiny_cache)
+
+
+@pytest.fixture(scope="module")
+def flf2v(tiny_flf2v_source: Path, tiny_cache: Path) -> wan_jax.Wan:
+    return wan_jax.load(tiny_flf2v_source, dtype="float32", cache_dir=tiny_cache)

@@ -37,16 +37,6 @@ LATENTS = (2, 2, 4, 16)  # t, h, w, c of FIRST at the default size and number of
 NAMES = ("image", "last_image")
 
 
-@pytest.fixture(scope="module")
-def i2v(tiny_i2v_source: Path, tiny_cache: Path) -> Wan:
-    return wan_jax.load(tiny_i2v_source, dtype="float32", cache_dir=tiny_cache)
-
-
-@pytest.fixture(scope="module")
-def flf2v(tiny_flf2v_source: Path, tiny_cache: Path) -> Wan:
-    return wan_jax.load(tiny_flf2v_source, dtype="float32", cache_dir=tiny_cache)
-
-
 def _latents(wan: Wan, prompt: Any = PROMPT, **arguments: Any) -> np.ndarray:
     defaults = {"seed": 7, "output": "latents", **dict(zip(NAMES, (FIRST, LAST)))}
     if wan.config.images == 1:

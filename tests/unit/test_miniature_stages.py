@@ -82,11 +82,10 @@ def test_every_stage_writes_what_learned(out: Path) -> None:
 
 
 def test_latents_are_normalised_by_what_was_measured(out: Path) -> None:
-    arrays, values = files.read(out / "vae.safetensors")
-    config = VAEConfig.from_dict(values)
+    arrays, config = files.network(out, "vae")
     assert config.latents_mean != networks.VAE.latents_mean
     assert autoencoder.measured(arrays) == config
-    network = transformer.network(config, arrays, "bfloat16", exact=True)
+    network = autoencoder.build(config, arrays, "bfloat16")
     groups = pool.make_groups(network, images=0, clips=128, seed=1)
     every = np.concatenate([g.latents.astype(np.float32).reshape(-1, 16) for g in groups])
     np.testing.assert_allclose(every.mean(0), 0.0, atol=0.25)
@@ -94,8 +93,8 @@ def test_latents_are_normalised_by_what_was_measured(out: Path) -> None:
 
 
 def test_batches_are_a_function_of_the_step(out: Path, small: pytest.MonkeyPatch) -> None:
-    arrays, config = transformer.read(out, "vae")
-    network = transformer.network(config, arrays, "bfloat16", exact=True)
+    arrays, config = files.network(out, "vae")
+    network = autoencoder.build(config, arrays, "bfloat16")
     from wan_jax.tokenizer import load_tokenizer
 
     groups = pool.make_groups(network, images=2, clips=16, seed=1)
@@ -119,7 +118,7 @@ def test_a_larger_network_begins_as_the_smaller_one(out: Path) -> None:
     """With no image channels and no image values, image to video is text to video."""
     recipe = transformer.RECIPES["i2v"]
     found = transformer.begin("i2v", out, recipe, 0)["dit"]
-    before, _ = transformer.read(out, "t2v")
+    before, _ = files.network(out, "t2v")
     np.testing.assert_array_equal(found["patch.kernel"][..., :16, :], before["patch.kernel"])
     assert not found["patch.kernel"][..., 16:, :].any()
     assert not found["layers.cross_attn.v_img.kernel"].any()

@@ -31,16 +31,6 @@ SIZE, FRAMES = (32, 16), 5
 CONTENTS = ("latents", "context", "known", "tokens")
 
 
-@pytest.fixture(scope="module")
-def i2v(tiny_i2v_source: Path, tiny_cache: Path) -> Wan:
-    return wan_jax.load(tiny_i2v_source, dtype="float32", cache_dir=tiny_cache)
-
-
-@pytest.fixture(scope="module")
-def flf2v(tiny_flf2v_source: Path, tiny_cache: Path) -> Wan:
-    return wan_jax.load(tiny_flf2v_source, dtype="float32", cache_dir=tiny_cache)
-
-
 def video(path: Path, *, frames: int = FRAMES, fps: float = 16, start: int = 0) -> Path:
     wan_jax.save_video(pattern(start + frames, *SIZE)[start:], path, fps=fps)
     return path

@@ -10,7 +10,6 @@ examples they have, as evenly as whole batches can.
 import concurrent.futures
 import functools
 import math
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -110,12 +109,7 @@ class Batches:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _read(self, step: int, i: int, n: int) -> Batch:

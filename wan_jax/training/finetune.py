@@ -41,10 +41,8 @@ class Full(NamedTuple):
     def network(self, params: Params, dit: DiT | None = None) -> DiT:
         """The network as inference stores it."""
         like = abstract_part(self.config, self.dtype)
-        masters = params[FULL]
-        kinds = trees.flatten(like)
         assert isinstance(like, DiT)
-        return trees.fill(like, {k: masters[k].astype(leaf.dtype) for k, leaf in kinds.items()})
+        return trees.fill_as(like, params[FULL])
 
 
 class Beside(NamedTuple):

@@ -51,7 +51,11 @@ class Saver:
         step = self._manager.latest_step()
         if step is None:
             return None
-        self._check(self._manager.restore(step, args=ocp.args.Composite(facts=_json()))["facts"])
+        self._check(
+            self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))[
+                "facts"
+            ]
+        )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return State(**self._manager.restore(step, args=arguments)["state"])
@@ -65,7 +69,3 @@ class Saver:
                     f"{self._manager.directory} is of a training with {name} = {old!r}, this one "
                     f"has {new!r}; give another --out, or the old value to go on"
                 )
-
-
-def _json() -> Any:
-    return ocp.args.JsonRestore()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import tree_util
 
@@ -32,3 +33,9 @@ def fill(module: Module, arrays: Mapping[str, jax.Array]) -> Module:
     """The module with every leaf replaced by arrays[path]; KeyError for a path that is missing."""
     leaves, treedef = tree_util.tree_flatten_with_path(module)
     return tree_util.tree_unflatten(treedef, [arrays[_path(keys)] for keys, _ in leaves])
+
+
+def fill_as(module: Module, arrays: Mapping[str, Any]) -> Module:
+    """fill() with every array in the dtype of the leaf whose place it takes."""
+    kinds = flatten(module)
+    return fill(module, {k: jnp.asarray(arrays[k], leaf.dtype) for k, leaf in kinds.items()})

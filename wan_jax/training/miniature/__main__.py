@@ -3,8 +3,8 @@
     python -m wan_jax.training.miniature --stages all --out DIR
 
 The stages, each in minutes on one H200: tokenizer, vae, t2v (with the text encoder), i2v (with the
-CLIP tower), flf2v, evaluate, pack. A stage needs those before it in the same DIR; one that is done
-is not done again.
+CLIP tower), flf2v, evaluate, pack. A stage needs those before it in the same DIR; one that was cut
+short goes on from its newest checkpoint.
 """
 
 import json
@@ -61,9 +61,9 @@ def _run(stage: str, out: Path) -> None:
 
 def _evaluate(out: Path, evaluate) -> None:  # type: ignore[no-untyped-def]
     """Score every transformer that there is; OUT/scores.json."""
-    from wan_jax.training.miniature import autoencoder, networks, transformer
+    from wan_jax.training.miniature import autoencoder, files, networks
 
-    arrays, config = transformer.read(out, "vae")
+    arrays, config = files.network(out, "vae")
     decibels = autoencoder.reconstruction(arrays, config, count=16)
     found = {"vae": {"mean dB": sum(decibels) / len(decibels), "least dB": min(decibels)}}
     for kind in networks.DITS:

@@ -139,7 +139,7 @@ def psnr(squares: Array) -> Array:
 def build(config: VAEConfig, arrays: Any, dtype: Any) -> vae.VAE:
     """The network of {dotted path: array}, in this dtype."""
     abstract = trees.abstract(lambda: vae.VAE(config, rngs=nnx.Rngs(0), dtype=dtype))
-    return trees.fill(abstract, {k: jnp.asarray(v, dtype) for k, v in arrays.items()})
+    return trees.fill_as(abstract, arrays)
 
 
 def train(
@@ -161,19 +161,16 @@ def train(
             weight_decay=0.0,
             ema_decay=0.998,
         ),
-        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=2000, checkpoint_every=1000),
+        loop=loop.LoopConfig(seed=seed, log_every=50, checkpoint_every=1000),
         facts={"stills": stills, "network": networks.VAE.to_dict()},
         on_report=tell,
-        on_sample=lambda state: finish(out, state),
     )
     finish(out, state)
 
 
 def finish(out: Path, state: State) -> None:
     """Write the averaged weights, rounded as they are shipped, with what is measured of them."""
-    arrays = {
-        k: np.asarray(v.astype(jnp.bfloat16), np.float32) for k, v in state.ema["vae"].items()
-    }
+    arrays = files.rounded(state.ema["vae"])
     files.write(out / "vae.safetensors", arrays, measured(arrays).to_dict())
 
 

@@ -11,7 +11,7 @@ from wan_jax import xla
 from wan_jax.config import KINDS, WanConfig
 from wan_jax.pipeline import Wan
 from wan_jax.tokenizer import load_tokenizer
-from wan_jax.training.miniature import captions, judge, networks, transformer, world
+from wan_jax.training.miniature import captions, files, judge, networks, transformer, world
 from wan_jax.training.miniature.render import render
 from wan_jax.training.miniature.world import Scene
 
@@ -23,10 +23,7 @@ Notify = Callable[[str], None]
 
 def from_stages(out: Path, kind: str, *, dtype: str = "bfloat16") -> Wan:
     """The pipeline of what the stages have written so far. kind: of networks.DITS."""
-    names = {"dit": kind, "vae": "vae", "umt5": "umt5"}
-    if networks.DITS[kind].images:
-        names["clip"] = "clip"
-    found = {part: transformer.read(out, name) for part, name in names.items()}
+    found = {part: files.network(out, name) for part, name in files.parts(kind).items()}
     config = WanConfig(**{part: c for part, (_, c) in found.items()}, defaults=networks.DEFAULTS)
     loaders: dict[str, Callable[[], Any]] = {
         part: functools.partial(transformer.network, c, arrays, dtype)

@@ -1,18 +1,27 @@
 """Trained networks between the stages: safetensors of dotted paths, with their configuration."""
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from wan_jax.files import whole_or_nothing
+from wan_jax.weights.hashes import FileHashes
 
 _FIELD = "config"
+_CONFIGS: dict[str, Any] = {"vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig}
+
+
+def parts(kind: str) -> dict[str, str]:
+    """{part of a checkpoint: name of the file of its network}; kind: of networks.DITS."""
+    names = {"dit": kind, "vae": "vae", "umt5": "umt5"}
+    return names if kind == "t2v" else names | {"clip": "clip"}
 
 
 def write(path: Path, arrays: dict[str, Any], config: dict[str, Any]) -> None:
@@ -32,10 +41,19 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return load_file(path), config
 
 
+def network(folder: Path, name: str) -> tuple[dict[str, np.ndarray], Any]:
+    """The arrays of a network and its configuration, by the name of its file."""
+    arrays, values = read(folder / f"{name}.safetensors")
+    return arrays, _CONFIGS.get(name, DiTConfig).from_dict(values)
+
+
+def rounded(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays rounded to bfloat16, which is what is shipped, as float32."""
+    return {k: np.asarray(v.astype(jnp.bfloat16), np.float32) for k, v in arrays.items()}
+
+
 def digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the files of stages, by which a training knows what it was begun from."""
-    found = {}
-    for name in names:
-        with (folder / f"{name}.safetensors").open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    places = {name: folder / f"{name}.safetensors" for name in names}
+    with FileHashes([*places.values()]) as hashes:
+        return {name: hashes.of(place) for name, place in places.items()}

@@ -6,7 +6,7 @@ from wan_jax.training.miniature import captions, world
 VOCABULARY = 512  # all words of the captions, the bytes, and some room
 TEXT_DROPOUT = 0.1  # share of clips that are shown without their caption
 SPOILED = 0.04  # share of clips that show what the negative prompt says
-TEXT_TOKENS = 64  # that captions are cut to in training; the longest have about 50
+TEXT_TOKENS = 64  # that captions are cut to in training; the longest have about 40
 
 # Latents are not normalised until the network is trained and their statistics are known.
 VAE = VAEConfig(base_dim=16, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)

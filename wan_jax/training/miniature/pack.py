@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from wan_jax.config import KINDS, CLIPConfig, DiTConfig, UMT5Config, VAEConfig, WanConfig
+from wan_jax.config import KINDS, WanConfig
 from wan_jax.training.miniature import captions, files, world
 from wan_jax.training.miniature.networks import DEFAULTS
 from wan_jax.training.miniature.render import render
@@ -32,7 +32,6 @@ SCENE = world.Scene(
     size=(160, 96),
     frames=world.FRAMES,
 )
-_CONFIGS: dict[str, Any] = {"vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig}
 
 
 def pack(src: Path, dst: Path) -> dict[str, int]:
@@ -85,13 +84,9 @@ def _write(src: Path, path: Path, kind: str) -> None:
     """One checkpoint, nothing of it linked."""
     arrays: dict[str, miniature.Arrays] = {}
     configs: dict[str, Any] = {}
-    names = {"dit": kind, "vae": "vae", "umt5": "umt5"} | (
-        {"clip": "clip"} if kind != "t2v" else {}
-    )
-    for part, name in names.items():
-        found, values = files.read(src / f"{name}.safetensors")
+    for part, name in files.parts(kind).items():
+        found, configs[part] = files.network(src, name)
         arrays[part] = {k: array.astype(jnp.bfloat16) for k, array in found.items()}
-        configs[part] = _CONFIGS.get(part, DiTConfig).from_dict(values)
     if not (src / "tokenizer").is_dir():
         raise ValueError(f"{src / 'tokenizer'} does not exist; run the stage 'text' before")
     if KINDS[configs["dit"].images] != kind:

@@ -1,7 +1,7 @@
 """The stages "t2v", "i2v" and "flf2v": the transformers, and with them what reads their prompts.
 
 The text encoder learns with the first, through its loss, and the CLIP tower with the second; the
-others find them as they are. Those that take images begin from the first one's weights.
+others find them as they are. Each begins from the weights of the one before it.
 """
 
 import functools
@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_jax import clip, umt5, vae
-from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
+from wan_jax import clip, umt5
 from wan_jax.dit import DiT
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.training import flow, loop
-from wan_jax.training.miniature import files, networks
+from wan_jax.training.miniature import autoencoder, files, networks
 from wan_jax.training.miniature.pool import Batch, Pool, make_groups
 from wan_jax.training.optimizer import OptimizerConfig
 from wan_jax.training.step import Params, State
@@ -28,7 +27,6 @@ from wan_jax.weights.sources import abstract_part
 
 Array = jax.Array
 Arrays = dict[str, Any]
-_CONFIGS: dict[str, Any] = {"umt5": UMT5Config, "clip": CLIPConfig, "vae": VAEConfig}
 
 
 class Recipe(NamedTuple):
@@ -68,13 +66,12 @@ def train(
     recipe = recipe or RECIPES[stage]
     config = networks.DITS[stage]
     text = load_tokenizer(out / "tokenizer")
-    found = {name: read(out, name) for name in recipe.frozen}
-    frozen = {name: arrays for name, (arrays, _) in found.items()}
+    frozen = {name: files.network(out, name)[0] for name in recipe.frozen}
     params = begin(stage, out, recipe, seed)
     notify(f"encoding {recipe.clips} clips")
-    arrays, vae_config = read(out, "vae")
+    arrays, vae_config = files.network(out, "vae")
     groups = make_groups(
-        network(vae_config, arrays, jnp.bfloat16, exact=True),
+        autoencoder.build(vae_config, arrays, jnp.bfloat16),
         images=config.images,
         clips=recipe.clips,
         seed=seed,
@@ -94,7 +91,7 @@ def train(
             beta2=0.98,
             ema_decay=0.998,
         ),
-        loop=loop.LoopConfig(seed=seed, log_every=50, sample_every=2000, checkpoint_every=1000),
+        loop=loop.LoopConfig(seed=seed, log_every=50, checkpoint_every=1000),
         facts={
             "recipe": list(recipe),
             "network": config.to_dict(),
@@ -102,7 +99,6 @@ def train(
         },
         frozen=jax.device_put(frozen) if frozen else None,
         on_report=tell,
-        on_sample=lambda state: finish(stage, out, state),
     )
     finish(stage, out, state)
 
@@ -110,39 +106,23 @@ def train(
 def finish(stage: str, out: Path, state: State) -> None:
     """Write the averaged weights of all that learned, rounded as they are shipped."""
     for name, arrays in state.ema.items():
-        config = networks.DITS[stage] if name == "dit" else configs()[name]
-        rounded = {k: np.asarray(v.astype(jnp.bfloat16), np.float32) for k, v in arrays.items()}
-        file = stage if name == "dit" else name
-        files.write(out / f"{file}.safetensors", rounded, config.to_dict())
-
-
-def configs() -> dict[str, Any]:
-    """Configurations of the encoders."""
-    return {"umt5": networks.UMT5, "clip": networks.CLIP}
-
-
-def read(out: Path, name: str) -> tuple[Arrays, Any]:
-    """The arrays of an earlier stage and their configuration."""
-    arrays, values = files.read(out / f"{name}.safetensors")
-    return arrays, _CONFIGS.get(name, DiTConfig).from_dict(values)
+        configs = {"dit": networks.DITS[stage], "umt5": networks.UMT5, "clip": networks.CLIP}
+        file = out / f"{files.parts(stage)[name]}.safetensors"
+        files.write(file, files.rounded(arrays), configs[name].to_dict())
 
 
 def begin(stage: str, out: Path, recipe: Recipe, seed: int) -> Params:
     """The weights that a stage starts from."""
     config, keys = networks.DITS[stage], nnx.Rngs(seed)
-    params = {"dit": _fresh(lambda: DiT(config, rngs=keys, dtype=jnp.float32))}
+    params = {"dit": trees.flatten(DiT(config, rngs=keys, dtype=jnp.float32))}
     if "umt5" in recipe.trained:
-        params["umt5"] = _fresh(lambda: umt5.UMT5(networks.UMT5, rngs=keys, dtype=jnp.float32))
+        params["umt5"] = trees.flatten(umt5.UMT5(networks.UMT5, rngs=keys, dtype=jnp.float32))
     if "clip" in recipe.trained:
-        params["clip"] = _fresh(lambda: clip.CLIP(networks.CLIP, rngs=keys, dtype=jnp.float32))
+        params["clip"] = trees.flatten(clip.CLIP(networks.CLIP, rngs=keys, dtype=jnp.float32))
     if _BEFORE[stage]:
-        before, _ = read(out, _BEFORE[stage][0])
+        before, _ = files.network(out, _BEFORE[stage][0])
         params["dit"] = grown(params["dit"], before)
     return params
-
-
-def _fresh(make: Callable[[], nnx.Module]) -> Arrays:
-    return trees.flatten(make())
 
 
 def grown(new: Arrays, old: Arrays) -> Arrays:
@@ -163,15 +143,9 @@ def grown(new: Arrays, old: Arrays) -> Arrays:
     return found
 
 
-def network(config: Any, arrays: Arrays, dtype: Any, *, exact: bool = False) -> Any:
-    """The module of {dotted path: array} in the dtypes of a run; exact: all of it in `dtype`."""
-    if exact:
-        assert isinstance(config, VAEConfig)
-        module: Any = trees.abstract(lambda: vae.VAE(config, rngs=nnx.Rngs(0), dtype=dtype))
-    else:
-        module = abstract_part(config, jnp.dtype(dtype))
-    leaves = trees.flatten(module)
-    return trees.fill(module, {k: jnp.asarray(arrays[k], v.dtype) for k, v in leaves.items()})
+def network(config: Any, arrays: Arrays, dtype: Any) -> Any:
+    """The module of {dotted path: array} in the dtypes of a run."""
+    return trees.fill_as(abstract_part(config, jnp.dtype(dtype)), arrays)
 
 
 def loss(
@@ -199,5 +173,4 @@ def loss(
 
 def _clip(arrays: Arrays, dtype: Any) -> clip.CLIP:
     module = trees.abstract(lambda: clip.CLIP(networks.CLIP, rngs=nnx.Rngs(0), dtype=dtype))
-    leaves = trees.flatten(module)
-    return trees.fill(module, {k: jnp.asarray(arrays[k], v.dtype) for k, v in leaves.items()})
+    return trees.fill_as(module, arrays)
