@@ -140,6 +140,11 @@ class Blocks(nnx.Module):
         self.resample = resample
 
 
+# Channels up to which a convolution over time is better done frame by frame. On an H200 the weight
+# gradient of 16 channels and one frame takes cuDNN 3.3 ms in three dimensions and 0.07 ms in two;
+# on a CPU all of it is 2 to 4 times faster. With more channels their threefold input costs more.
+_NARROW = 64
+
 Past = Callable[[int], Array]
 
 
@@ -194,16 +199,45 @@ def conv3d(
     """
     kernel = p.kernel[...]
     frames = jnp.concatenate([past, x.astype(kernel.dtype)], axis=1)
-    pads = [(size // 2, size // 2) for size in kernel.shape[2:4]]
-    y = lax.conv_general_dilated(
+    narrow = max(kernel.shape[0], kernel.shape[-1]) <= _NARROW
+    run = _conv3d_by_frames if narrow else _conv3d
+    y = run(kernel, frames, stride, precision=_precision(kernel, precision))
+    return y + p.bias[...], frames[:, -past.shape[1] :]
+
+
+def _space(kernel: Array) -> list[tuple[int, int]]:
+    """Even padding in space for kernel [..., y, x, d_in]."""
+    return [(size // 2, size // 2) for size in kernel.shape[-3:-1]]
+
+
+def _conv3d(kernel: Array, frames: Array, stride: int, *, precision: lax.Precision) -> Array:
+    return lax.conv_general_dilated(
         frames,
         kernel,
         (stride, 1, 1),
-        [(0, 0), *pads],
+        [(0, 0), *_space(kernel)],
         dimension_numbers=("NDHWC", "ODHWI", "NDHWC"),
-        precision=_precision(kernel, precision),
+        precision=precision,
     )
-    return y + p.bias[...], frames[:, -past.shape[1] :]
+
+
+def _conv3d_by_frames(
+    kernel: Array, frames: Array, stride: int, *, precision: lax.Precision
+) -> Array:
+    """The same, as a convolution of single frames whose channels are those of a whole window."""
+    d_out, window, *space, d_in = kernel.shape
+    count = (frames.shape[1] - window) // stride + 1
+    views = [frames[:, i : i + stride * (count - 1) + 1 : stride] for i in range(window)]
+    stacked = jnp.concatenate(views, axis=-1)
+    y = lax.conv_general_dilated(
+        stacked.reshape(-1, *stacked.shape[2:]),
+        jnp.moveaxis(kernel, 1, 3).reshape(d_out, *space, window * d_in),
+        (1, 1),
+        _space(kernel),
+        dimension_numbers=("NHWC", "OHWI", "NHWC"),
+        precision=precision,
+    )
+    return y.reshape(*stacked.shape[:2], *y.shape[1:])
 
 
 def conv2d(

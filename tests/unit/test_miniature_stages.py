@@ -129,7 +129,7 @@ def test_a_larger_network_begins_as_the_smaller_one(out: Path) -> None:
 
 def test_crowds_show_more_and_cuts_less(small: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    fields = autoencoder.crowds(rng, 12, SIZES[0])
+    fields = autoencoder.crowds(rng, 12)
     assert fields["shape"].shape == (12, 8)
     shown = (fields["opacity"].max(-1) > 0).sum(1)
     assert shown.max() > 2 and shown.min() <= 2

@@ -34,7 +34,7 @@ _STILLS, _CLIPS = 64, 8  # a step
 _FRAMES = 17  # of a clip, from anywhere in it
 _CROWD = 4  # scenes whose objects are shown in one: shapes are what is hard to draw
 _ALONE = 0.25  # share of clips as they are
-_MEASURED = 64  # clips of every size that the latents are measured on
+_MEASURED = 256  # clips that the latents are measured on
 _TEST_SEED = 1_000_000
 
 
@@ -51,32 +51,38 @@ class Clips:
 
 
 def batch(step: int, *, seed: int, stills: int) -> Clips:
-    """The clips of a step, a function of step and seed; of clips, sizes take turns.
+    """The clips of a step, a function of step and seed. stills: how many steps see single frames.
 
-    stills: how many steps see single frames, of one size.
+    Scenes of all sizes are seen through a window of one, so that one program serves them.
     """
     rng = np.random.default_rng((seed, step))
-    if step < stills:
-        count, frames, size = _STILLS, 1, world.FRAME_SIZES[0]
-    else:
-        count, frames = _CLIPS, _FRAMES
-        size = world.FRAME_SIZES[step % len(world.FRAME_SIZES)]
-    fields = crowds(rng, count, size)
+    count, frames = (_STILLS, 1) if step < stills else (_CLIPS, _FRAMES)
     start = int(rng.integers(0, world.FRAMES - frames + 1))
-    return Clips(cut(fields, start, frames), size, frames)
+    return Clips(cut(crowds(rng, count), start, frames), world.FRAME_SIZES[0], frames)
 
 
-def crowds(rng: np.random.Generator, count: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Fields of clips that mostly show the objects of several scenes, one over the other."""
-    many = [_draw(rng, size, spoil=networks.SPOILED) for _ in range(count)]
-    parts = [world.fields(many)]
-    for _ in range(_CROWD - 1):
-        parts.append(world.fields([_draw(rng, size) for _ in range(count)]))
+def crowds(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+    """Fields of clips most of which show the objects of the next few clips, too."""
+    fields = windows(rng, count, spoil=networks.SPOILED)
+    own = ("position", "radius", "opacity", "shape", "rgb")
+    parts = [{k: np.roll(fields[k], i, axis=0) for k in own} for i in range(_CROWD)]
     alone = rng.random(count) < _ALONE
     for part in parts[1:]:
         part["opacity"][alone] = 0.0
-    own = ("position", "radius", "opacity", "shape", "rgb")
-    return parts[0] | {k: np.concatenate([part[k] for part in parts], axis=1) for k in own}
+    return fields | {k: np.concatenate([part[k] for part in parts], axis=1) for k in own}
+
+
+def windows(rng: np.random.Generator, count: int, **choices: Any) -> dict[str, np.ndarray]:
+    """Fields of clips of all sizes, each moved to where the window opens on it."""
+    found, sizes = [], world.FRAME_SIZES
+    for size, some in zip(sizes, rng.multinomial(count, [1 / len(sizes)] * len(sizes))):
+        if some:
+            fields = world.fields([_draw(rng, size, **choices) for _ in range(some)])
+            spare = np.array(size) - sizes[0]
+            opening = np.round(rng.random((some, 1, 1, 2)) * spare)
+            fields["position"] -= opening.astype(np.float32)
+            found.append(fields)
+    return {k: np.concatenate([fields[k] for fields in found]) for k in found[0]}
 
 
 def _draw(rng: np.random.Generator, size: tuple[int, int], **choices: Any) -> world.Scene:
@@ -185,12 +191,11 @@ def measured(arrays: dict[str, np.ndarray]) -> VAEConfig:
     network = build(networks.VAE, arrays, jnp.float32)
     rng = np.random.default_rng(_TEST_SEED)
     sums, squares, total = np.zeros(16), np.zeros(16), 0
-    for size in world.FRAME_SIZES:
-        for _ in range(_MEASURED // 4):
-            fields = world.fields([_draw(rng, size) for _ in range(4)])
-            raw = np.asarray(_encode(network, fields, size=size), np.float64).reshape(-1, 16)
-            sums, squares = sums + raw.sum(0), squares + np.square(raw).sum(0)
-            total += len(raw)
+    for _ in range(_MEASURED // 4):
+        raw = _encode(network, windows(rng, 4), size=world.FRAME_SIZES[0])
+        numbers = np.asarray(raw, np.float64).reshape(-1, 16)
+        sums, squares = sums + numbers.sum(0), squares + np.square(numbers).sum(0)
+        total += len(numbers)
     mean = sums / total
     std = np.sqrt(squares / total - mean**2)
     return dataclasses.replace(

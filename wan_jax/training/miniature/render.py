@@ -20,7 +20,8 @@ _EDGE = 1.5  # pixels over which a shape goes from full to nothing
 def render(fields: Fields, *, size: tuple[int, int], frames: int) -> jax.Array:
     """Clips float32 [b, frames, y, x, 3] in -1..1.
 
-    fields: of world.fields, for scenes of this size (width, height) and this many frames.
+    fields: of world.fields, for scenes of this many frames. size: width and height of the pictures;
+    scenes of another size are seen as through a window at their upper left corner.
     Raises ValueError where the fields are of another number of frames.
     """
     if fields["position"].shape[2] != frames:
@@ -61,7 +62,7 @@ def _ground(fields: Fields, grid: jax.Array, size: tuple[int, int]) -> jax.Array
     along = grid / jnp.array(size, jnp.float32) - 0.5
     gradient = along @ fields["slope"]
     # Cells blend over one pixel at their borders: the product of two clipped waves.
-    cell = min(size) / world.CELLS
+    cell = fields["cell"]
     wave = jnp.clip(jnp.sin(jnp.pi / cell * grid) * (cell / jnp.pi), -0.5, 0.5)
     checkers = 2.0 * wave[..., 0] * wave[..., 1] * fields["parity"]
     patterns = jnp.stack([jnp.zeros_like(gradient), gradient, checkers])

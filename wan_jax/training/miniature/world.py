@@ -211,6 +211,7 @@ def fields(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
         "span": np.array([ground.span for ground in grounds], np.float32),
         "slope": steps[turn % 4],
         "parity": np.where(turn % 2, -1, 1).astype(np.float32),
+        "cell": np.full(batch, min(size) / CELLS, np.float32),
         "blur": np.where(spoil == "blurry", 0.035 * min(size), 0).astype(np.float32),
         "contrast": np.where(spoil == "faded", 0.3, 1).astype(np.float32),
         "brightness": (wave * 0.25 * (spoil == "flickering")[:, None]).astype(np.float32),
