@@ -1,13 +1,15 @@
 """The stage "vae": the autoencoder learns to draw the world again from few numbers.
 
-First it sees single frames, which are many for the work they make, then clips. Afterwards the
+It first learns to draw, from single frames, which are many for the work they make, then from clips.
+Then it learns to make do with less exact latents: a transformer's never are. Afterwards the
 latents' mean and deviation are measured, with which they are normalised from then on.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +28,30 @@ from wan_jax.weights import trees
 
 Array = jax.Array
 
-LEARNING_RATE = 1e-3
-KL_WEIGHT = 1e-5  # in squared pixel values for each latent number
+
+class Phase(NamedTuple):
+    """A training of its own: steps on single frames, then on clips.
+
+    kl_weight: what a nat for each latent number costs, in squared pixel values.
+    """
+
+    name: str
+    stills: int
+    moving: int
+    learning_rate: float
+    kl_weight: float
+
+
+PHASES = (Phase("draw", 3000, 6400, 1e-3, 1e-5), Phase("settle", 0, 3000, 5e-4, 1e-3))
 L1_WEIGHT = 0.05
-STILLS, MOVING = 4000, 4000  # steps on single frames, then on clips
 _STILLS, _CLIPS = 64, 8  # a step
 _FRAMES = 17  # of a clip, from anywhere in it
 _CROWD = 4  # scenes whose objects are shown in one: shapes are what is hard to draw
 _ALONE = 0.25  # share of clips as they are
 _MEASURED = 256  # clips that the latents are measured on
+_LOGVAR = (-20.0, 10.0)
 _TEST_SEED = 1_000_000
+Tell = Callable[[loop.Report], None]
 
 
 @functools.partial(
@@ -96,17 +112,19 @@ def cut(fields: dict[str, np.ndarray], start: int, frames: int) -> dict[str, np.
     return found | {"brightness": fields["brightness"][:, span]}
 
 
-def loss(params: Params, _: Any, clips: Clips, key: Array) -> tuple[Array, dict[str, Array]]:
+def loss(
+    params: Params, _: Any, clips: Clips, key: Array, *, kl_weight: float
+) -> tuple[Array, dict[str, Array]]:
     """Squared error of the pixels, a little absolute error, and a little of KL to a Gaussian."""
     network = build(networks.VAE, params["vae"], jnp.bfloat16)
     frames = render(clips.fields, size=clips.size, frames=clips.frames)
     mean, logvar = vae.moments(network, frames.astype(jnp.bfloat16))
-    logvar = jnp.clip(logvar, -20.0, 10.0)
+    logvar = jnp.clip(logvar, *_LOGVAR)
     raw = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
     error = vae.reconstruct(network, raw.astype(jnp.bfloat16)) - frames
     squares = jnp.mean(jnp.square(error))
     kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-    total = squares + L1_WEIGHT * jnp.mean(jnp.abs(error)) + KL_WEIGHT * kl
+    total = squares + L1_WEIGHT * jnp.mean(jnp.abs(error)) + kl_weight * kl
     return total, {"psnr": psnr(squares), "kl": kl}
 
 
@@ -149,18 +167,27 @@ def build(config: VAEConfig, arrays: Any, dtype: Any) -> vae.VAE:
 
 
 def train(
-    out: Path, *, seed: int, stills: int = STILLS, moving: int = MOVING, tell: Any = None
+    out: Path, *, seed: int, phases: tuple[Phase, ...] = PHASES, tell: Tell | None = None
 ) -> None:
     """Train, measure the latents, and write OUT/vae.safetensors."""
-    steps = stills + moving
-    state = loop.run(
-        {"vae": start(seed)},
-        loss,
-        functools.partial(batch, seed=seed, stills=stills),
-        out / "vae",
+    arrays = start(seed)
+    for phase in phases:
+        state = _run(arrays, phase, out / "vae" / phase.name, seed, tell)
+        arrays = state.ema["vae"]
+    finish(out, arrays)
+
+
+def _run(arrays: Any, phase: Phase, out: Path, seed: int, tell: Tell | None) -> State:
+    """One phase, from these weights or from its newest checkpoint."""
+    steps = phase.stills + phase.moving
+    return loop.run(
+        {"vae": arrays},
+        functools.partial(loss, kl_weight=phase.kl_weight),
+        functools.partial(batch, seed=seed, stills=phase.stills),
+        out,
         optimizer=OptimizerConfig(
             steps=steps,
-            learning_rate=LEARNING_RATE,
+            learning_rate=phase.learning_rate,
             warmup_steps=min(200, steps // 10),
             final_ratio=0.01,
             beta2=0.99,
@@ -168,15 +195,14 @@ def train(
             ema_decay=0.998,
         ),
         loop=loop.LoopConfig(seed=seed, log_every=50, checkpoint_every=1000),
-        facts={"stills": stills, "network": networks.VAE.to_dict()},
+        facts={"phase": list(phase), "network": networks.VAE.to_dict()},
         on_report=tell,
     )
-    finish(out, state)
 
 
-def finish(out: Path, state: State) -> None:
-    """Write the averaged weights, rounded as they are shipped, with what is measured of them."""
-    arrays = files.rounded(state.ema["vae"])
+def finish(out: Path, trained: Any) -> None:
+    """Write weights, rounded as they are shipped, with what is measured of them."""
+    arrays = files.rounded(trained)
     files.write(out / "vae.safetensors", arrays, measured(arrays).to_dict())
 
 
@@ -187,17 +213,21 @@ def held_out_scenes(count: int, size: tuple[int, int]) -> list[world.Scene]:
 
 
 def measured(arrays: dict[str, np.ndarray]) -> VAEConfig:
-    """The configuration with mean and deviation of every latent channel."""
+    """The configuration with mean and deviation of every latent channel.
+
+    The deviation is that of sampled latents, though means are what is encoded: a channel that tells
+    nothing has a small mean and much noise, and is not to be blown up.
+    """
     network = build(networks.VAE, arrays, jnp.float32)
     rng = np.random.default_rng(_TEST_SEED)
-    sums, squares, total = np.zeros(16), np.zeros(16), 0
+    found = []
     for _ in range(_MEASURED // 4):
-        raw = _encode(network, windows(rng, 4), size=world.FRAME_SIZES[0])
-        numbers = np.asarray(raw, np.float64).reshape(-1, 16)
-        sums, squares = sums + numbers.sum(0), squares + np.square(numbers).sum(0)
-        total += len(numbers)
-    mean = sums / total
-    std = np.sqrt(squares / total - mean**2)
+        encoded = _encode(network, windows(rng, 4), size=world.FRAME_SIZES[0])
+        mean, logvar = (np.asarray(x, np.float64) for x in encoded)
+        numbers = [mean, np.square(mean) + np.exp(np.clip(logvar, *_LOGVAR))]
+        found.append([x.mean((0, 1, 2, 3)) for x in numbers])
+    mean, squares = np.mean(found, axis=0)
+    std = np.sqrt(squares - mean**2)
     return dataclasses.replace(
         networks.VAE,
         latents_mean=tuple(round(float(x), 4) for x in mean),
@@ -206,9 +236,9 @@ def measured(arrays: dict[str, np.ndarray]) -> VAEConfig:
 
 
 @functools.partial(xla.jit, static_argnames=("size",))
-def _encode(network: vae.VAE, fields: Any, *, size: tuple[int, int]) -> Array:
+def _encode(network: vae.VAE, fields: Any, *, size: tuple[int, int]) -> tuple[Array, Array]:
     frames = render(fields, size=size, frames=world.FRAMES)
-    return vae.moments(network, frames, precision=lax.Precision.DEFAULT)[0]
+    return vae.moments(network, frames, precision=lax.Precision.DEFAULT)
 
 
 def reconstruction(arrays: dict[str, np.ndarray], config: VAEConfig, *, count: int) -> list[float]:

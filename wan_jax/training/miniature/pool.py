@@ -1,7 +1,8 @@
 """Clips of the world as latents, made once on the device and drawn from ever again.
 
 What costs time is the VAE, so a transformer sees every clip many times, each time with other noise
-and, mostly, another caption.
+and, mostly, another caption. First frames are encoded as stills are, and cost a ninth: they can be
+drawn alone.
 """
 
 import dataclasses
@@ -14,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from wan_jax import conditioning, fitting, tokenizer, vae, xla
+from wan_jax.config import VAEConfig
 from wan_jax.training.miniature import captions, networks, world
 from wan_jax.training.miniature.render import render
 from wan_jax.training.miniature.world import Scene
 
 Array = jax.Array
 _CHUNK = 32  # clips that are encoded together
+_CAPTIONS = 4  # of every clip
+_STILLS = 4  # stills in a batch for every clip that there would be
 _SHARES = {world.FRAME_SIZES[0]: 0.5, world.FRAME_SIZES[1]: 0.25, world.FRAME_SIZES[2]: 0.25}
 
 
@@ -48,30 +52,47 @@ class Group:
 
 
 class Pool:
-    """Clips to train a transformer on that takes so many images."""
+    """Clips to train a transformer on that takes so many images.
+
+    stills: how many steps see first frames only, of transformers that take no images.
+    """
 
     def __init__(
-        self, groups: Sequence[Group], text: Any, *, images: int, batch_size: int, seed: int
+        self,
+        groups: Sequence[Group],
+        text: Any,
+        *,
+        images: int,
+        batch_size: int,
+        seed: int,
+        stills: int = 0,
     ) -> None:
-        self._groups, self._text, self._images = groups, text, images
+        self._groups, self._images, self._stills = groups, images, stills
         self._batch_size, self._seed = batch_size, seed
+        rng = np.random.default_rng(seed)
+        self._captions = [_captions(group.scenes, text, rng) for group in groups]
+        self._nothing = tokenizer.tokenize(text, [""], length=networks.TEXT_TOKENS)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, a function of seed and step."""
         rng = np.random.default_rng((self._seed, step))
         chances = [_SHARES[group.scenes[0].size] for group in self._groups]
-        group = self._groups[rng.choice(len(chances), p=np.array(chances) / sum(chances))]
-        rows = rng.integers(len(group.scenes), size=self._batch_size)
-        texts = [self._caption(group.scenes[row], rng) for row in rows]
-        ids, mask = tokenizer.tokenize(self._text, texts, length=networks.TEXT_TOKENS)
+        chosen = rng.choice(len(chances), p=np.array(chances) / sum(chances))
+        group = self._groups[chosen]
+        still = step < self._stills
+        count = self._batch_size * (_STILLS if still else 1)
+        rows = rng.integers(len(group.scenes), size=count)
+        ids, mask = self._texts(self._captions[chosen], rows, rng)
+        if still:
+            return Batch(group.latents[rows, :1], ids, mask)
         latents = group.latents[rows]
         if group.known is None or group.views is None:
             return Batch(latents, ids, mask)
-        _, count, height, width, _ = latents.shape
+        _, frames, height, width, _ = latents.shape
         known = conditioning.mask_bthwc(
-            1 + 4 * (count - 1), height=height, width=width, last=self._images == 2
+            1 + 4 * (frames - 1), height=height, width=width, last=self._images == 2
         )
-        known = np.broadcast_to(known, (len(rows), *known.shape[1:])).astype(latents.dtype)
+        known = np.broadcast_to(known, (count, *known.shape[1:])).astype(latents.dtype)
         return Batch(
             latents,
             ids,
@@ -80,10 +101,26 @@ class Pool:
             group.views[rows],
         )
 
-    @staticmethod
-    def _caption(scene: Scene, rng: np.random.Generator) -> str:
-        """A caption, or none, so that there is something to be guided away from."""
-        return "" if rng.random() < networks.TEXT_DROPOUT else captions.caption(scene, rng)
+    def _texts(
+        self, captions: tuple[np.ndarray, np.ndarray], rows: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, ...]:
+        """Ids and mask of a caption for each row, or of none, so that there is something to be
+        guided away from.
+        """
+        which = rng.integers(_CAPTIONS, size=len(rows))
+        lost = rng.random((len(rows), 1)) < networks.TEXT_DROPOUT
+        pairs = zip(self._nothing, captions, strict=True)
+        return tuple(np.where(lost, empty, found[rows, which]) for empty, found in pairs)
+
+
+def _captions(
+    scenes: Sequence[Scene], text: Any, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask [scenes, _CAPTIONS, s] of captions of every scene."""
+    texts = [captions.caption(scene, rng) for scene in scenes for _ in range(_CAPTIONS)]
+    found = tokenizer.tokenize(text, texts, length=networks.TEXT_TOKENS)
+    ids, mask = (x.reshape(len(scenes), _CAPTIONS, -1) for x in found)
+    return ids, mask
 
 
 def make_groups(
@@ -104,7 +141,8 @@ def make_groups(
                 world.draw(rng, size=size, frames=world.FRAMES, spoil=networks.SPOILED)
                 for _ in range(_CHUNK)
             ]
-            found.append(_host(_encode(network, world.fields(some), size=size, images=images)))
+            raw = _encode(network, world.fields(some), size=size, images=images)
+            found.append(_host(raw, network.config))
             scenes += some
             done += _CHUNK
             if tell is not None:
@@ -113,16 +151,24 @@ def make_groups(
     return groups
 
 
-def _host(found: tuple[Array | None, ...]) -> tuple[np.ndarray | None, ...]:
-    """Latents, known latents and CLIP's views on the host, small."""
+def _host(found: tuple[Array | None, ...], config: VAEConfig) -> tuple[np.ndarray | None, ...]:
+    """Normalised latents, those of the images and CLIP's views on the host, small."""
     latents, known, frames = (None if x is None else np.asarray(x) for x in found)
-    if frames is None:
+    assert latents is not None
+    latents = _normalised(latents, config)
+    if known is None or frames is None:
         return latents, None, None
     side = networks.CLIP.image_size
     b, images = frames.shape[:2]
     flat = frames.reshape(b * images, *frames.shape[2:])
     views = np.stack([fitting.clip_view(image, side) for image in flat])
-    return latents, known, views.reshape(b, images, side, side, 3).astype(np.float16)
+    views = views.reshape(b, images, side, side, 3).astype(np.float16)
+    return latents, _normalised(known, config), views
+
+
+def _normalised(raw: np.ndarray, config: VAEConfig) -> np.ndarray:
+    shift, scale = (np.asarray(x, np.float32) for x in (config.latents_mean, config.latents_std))
+    return ((raw - shift) / scale).astype(jnp.bfloat16)
 
 
 def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
@@ -134,20 +180,17 @@ def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
 def _encode(
     network: vae.VAE, fields: Any, *, size: tuple[int, int], images: int
 ) -> tuple[Array, Array | None, Array | None]:
-    """Latents of clips and, for images, of clips that are grey but for them, and these frames."""
+    """Raw latents of clips and, for images, of clips grey but for them, and these frames."""
     frames = render(fields, size=size, frames=world.FRAMES)
     if not images:
-        return _latents(network, frames), None, None
+        return _raw(network, frames), None, None
     given = frames[:, :: world.FRAMES - 1][:, :images]
     grey = jnp.zeros_like(frames).at[:, 0].set(given[:, 0])
     if images == 2:
         grey = grey.at[:, -1].set(given[:, 1])
-    return _latents(network, frames), _latents(network, grey), given
+    return _raw(network, frames), _raw(network, grey), given
 
 
-def _latents(network: vae.VAE, frames: Array) -> Array:
-    """Normalised latents in bfloat16."""
-    mean, _ = vae.moments(network, frames.astype(jnp.bfloat16))
-    config = network.config
-    shift, scale = (jnp.asarray(x, jnp.float32) for x in (config.latents_mean, config.latents_std))
-    return ((mean - shift) / scale).astype(jnp.bfloat16)
+def _raw(network: vae.VAE, frames: Array) -> Array:
+    """Latents as they leave the encoder, float32."""
+    return vae.moments(network, frames.astype(jnp.bfloat16))[0]

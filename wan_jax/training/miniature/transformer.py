@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_jax import clip, umt5
+from wan_jax import clip, sharding, umt5
 from wan_jax.dit import DiT
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.training import flow, loop
@@ -30,9 +30,14 @@ Arrays = dict[str, Any]
 
 
 class Recipe(NamedTuple):
-    """How a stage is run. trained: besides the transformer; frozen: read from earlier stages."""
+    """How a stage is run.
+
+    stills: how many of the steps see first frames only. trained: besides the transformer; frozen:
+    read from earlier stages.
+    """
 
     steps: int
+    stills: int
     clips: int
     batch_size: int
     learning_rate: float
@@ -41,12 +46,12 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "t2v": Recipe(8000, 40_000, 256, 1e-3, ("umt5",), ()),
-    "i2v": Recipe(4000, 16_000, 256, 7e-4, ("clip",), ("umt5",)),
-    "flf2v": Recipe(3000, 16_000, 256, 7e-4, (), ("umt5", "clip")),
+    "t2v": Recipe(20_000, 8000, 32_768, 256, 1e-3, ("umt5",), ()),
+    "i2v": Recipe(4000, 0, 16_384, 256, 7e-4, ("clip",), ("umt5",)),
+    "flf2v": Recipe(3000, 0, 16_384, 256, 7e-4, (), ("umt5", "clip")),
 }
 _BEFORE = {"t2v": (), "i2v": ("t2v",), "flf2v": ("i2v",)}  # whose weights a stage begins from
-FLOW = flow.FlowConfig(shift=networks.DEFAULTS.shift, image_dropout=0.05, remat="none")
+FLOW = flow.FlowConfig(shift=networks.DEFAULTS.shift, image_dropout=0.05, remat="attention")
 
 
 def train(
@@ -61,27 +66,16 @@ def train(
     """Train a transformer and write OUT/<network>.safetensors of all that learned.
 
     stage: of networks.DITS. Needs OUT/tokenizer and the files of the stages before; ValueError
-    naming what is missing.
+    naming what is missing. Every device takes a share of each batch.
     """
     recipe = recipe or RECIPES[stage]
-    config = networks.DITS[stage]
-    text = load_tokenizer(out / "tokenizer")
+    layout = sharding.make_layout(1)
     frozen = {name: files.network(out, name)[0] for name in recipe.frozen}
     params = begin(stage, out, recipe, seed)
-    notify(f"encoding {recipe.clips} clips")
-    arrays, vae_config = files.network(out, "vae")
-    groups = make_groups(
-        autoencoder.build(vae_config, arrays, jnp.bfloat16),
-        images=config.images,
-        clips=recipe.clips,
-        seed=seed,
-        tell=lambda done, total: notify(f"{done} of {total} clips") if done % 4096 == 0 else None,
-    )
-    pool = Pool(groups, text, images=config.images, batch_size=recipe.batch_size, seed=seed)
     state = loop.run(
         params,
         functools.partial(loss, stage),
-        pool.batch,
+        _pool(stage, out, recipe, seed, notify).batch,
         out / stage,
         optimizer=OptimizerConfig(
             steps=recipe.steps,
@@ -94,13 +88,38 @@ def train(
         loop=loop.LoopConfig(seed=seed, log_every=50, checkpoint_every=1000),
         facts={
             "recipe": list(recipe),
-            "network": config.to_dict(),
+            "network": networks.DITS[stage].to_dict(),
             "inputs": files.digests(out, ("vae", *recipe.frozen, *_BEFORE[stage])),
         },
-        frozen=jax.device_put(frozen) if frozen else None,
+        frozen=layout.whole(frozen) if frozen else None,
+        place=layout.rows,
+        layout=layout,
         on_report=tell,
     )
     finish(stage, out, state)
+
+
+def _pool(stage: str, out: Path, recipe: Recipe, seed: int, notify: Callable[[str], None]) -> Pool:
+    """The clips of a stage, drawn and encoded."""
+    text = load_tokenizer(out / "tokenizer")
+    images = networks.DITS[stage].images
+    notify(f"encoding {recipe.clips} clips")
+    arrays, vae_config = files.network(out, "vae")
+    groups = make_groups(
+        autoencoder.build(vae_config, arrays, jnp.bfloat16),
+        images=images,
+        clips=recipe.clips,
+        seed=seed,
+        tell=lambda done, total: notify(f"{done} of {total} clips") if done % 4096 == 0 else None,
+    )
+    return Pool(
+        groups,
+        text,
+        images=images,
+        batch_size=recipe.batch_size,
+        seed=seed,
+        stills=recipe.stills,
+    )
 
 
 def finish(stage: str, out: Path, state: State) -> None:
