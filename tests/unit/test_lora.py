@@ -419,6 +419,10 @@ def test_another_kind_of_network_is_told(tmp_path: Path) -> None:
         ('{"lora_alpha": "8"}', "alpha is '8'; a finite number is needed"),
         ('{"lora_alpha": NaN}', "alpha is nan"),
         ('{"alpha_pattern": {"(": 1}}', "damaged lora_adapter_metadata"),
+        ('{"alpha_pattern": {"a)(b": 1, "(?i)c": 1}}', "damaged lora_adapter_metadata"),
+        ('{"alpha_pattern": {"(.+)+!": 1}}', "too elaborate"),
+        ('{"alpha_pattern": {".*.*.*.*!": 1}}', "too elaborate"),
+        (f'{{"alpha_pattern": {{"{"a" * 201}": 1}}}}', "too elaborate"),
         ('{"transformer.use_dora": true}', "is a DoRA"),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.unit.test_media import pattern
 from wan_jax import layers, sharding, xla
 from wan_jax.dit import DiT
 from wan_jax.layers import _contract, _product
-from wan_jax.training import cache, command, config, finetune, flow, lora, metrics, results
+from wan_jax.training import cache, command, config, finetune, flow, lora, metrics, results, samples
 from wan_jax.training.batches import Batches
 from wan_jax.training.dataset import Example
 from wan_jax.training.entries import Cache
@@ -370,6 +371,7 @@ def configured(path: Path, **settings: Any) -> Path:
         ({"batch_size": 3, "accumulate": 2}, "accumulate is 2; a divisor of batch_size 3"),
         ({"fsdp": 0}, "fsdp is 0"),
         ({"fps": -1}, "fps is -1"),
+        ({"sample_every": 5}, "sample_every is 5; sample_prompts are needed"),
         ({"sample_prompts": "one"}, "sample_prompts is 'one'; a list of texts"),
         ({"sample_prompts": ["x"], "sample_images": ["a", "b"]}, "sample_images has 2 entries"),
     ],
@@ -439,6 +441,44 @@ def test_what_does_not_fit_the_checkpoint(
     file = configured(tmp_path / "c.py", **settings)
     with pytest.raises(ValueError, match=f"--config .*c.py: .*{message}"):
         plan(*_given(file, data, tmp_path), "--ckpt_dir", str(tiny_source))
+
+
+def test_a_result_of_another_training_is_not_taken_for_this_one(
+    learner: Any, sources: dict[str, Path], tiny_cache: Path, data: Path, tmp_path: Path
+) -> None:
+    wan, found = learner("t2v")
+    state, _, (trained, _) = train(wan, found, tmp_path, full=True, steps=2)
+    source = wan_jax.loading.prepare(sources["t2v"], dtype="float32", cache_dir=tiny_cache)
+    file = configured(tmp_path / "c.py")
+    given = (*_given(file, data, tmp_path), "--ckpt_dir", str(sources["t2v"]))
+    own = command._json(plan(*given).config)
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / results.CHECKPOINT
+    results.write_checkpoint(path, source, trained, state, about={"config": own})
+    configured(file, checkpoint_every=7)  # changes no weight
+    plan(*given)
+    configured(file, batch_size=2)
+    with pytest.raises(ValueError, match="checkpoint comes of another training: batch_size differ"):
+        plan(*given)
+
+
+class _Video:
+    """What samples.Samples asks of a pipeline, without one."""
+
+    config = types.SimpleNamespace(defaults=types.SimpleNamespace(fps=8))
+
+
+def test_samples_that_cannot_be_made_are_told_and_a_signal_ends_them(tmp_path: Path) -> None:
+    told: list[str] = []
+    maker = samples.Samples(_Video(), [], tmp_path, notify=told.append)  # type: ignore[arg-type]
+    one = types.SimpleNamespace(request=types.SimpleNamespace(frames=5))
+    maker._samples = [one, one, one]  # type: ignore[list-item]
+
+    def no_memory() -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    assert maker.make(4, no_memory, stop=lambda: len(told) == 2) == []
+    assert told == [f"sample step_000004_{k}.mp4 failed: RESOURCE_EXHAUSTED" for k in (0, 1)]
 
 
 def test_flags_that_are_missing(data: Path, tmp_path: Path) -> None:

@@ -108,6 +108,28 @@ def test_a_checkpoint_of_another_training_is_refused(
         run(params(), loss, batches, whole[0], **arguments)
 
 
+def test_a_batch_that_cannot_be_made_loses_nothing(
+    whole: tuple[Path, State], tmp_path: Path
+) -> None:
+    def failing(step: int) -> Any:
+        if step == 7:
+            raise OSError("the disk is gone")
+        return batches(step)
+
+    for _ in range(2):  # the second time before any step
+        with pytest.raises(OSError, match="the disk is gone"):
+            run(params(), loss, failing, tmp_path, optimizer=OPTIMIZER, loop=LOOP)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 8))
+    first: list[int] = []
+
+    def watched(step: int) -> Any:
+        first.append(step)
+        return batches(step)
+
+    state = run(params(), loss, watched, tmp_path, optimizer=OPTIMIZER, loop=LOOP)
+    assert first[0] == 7 and same(state, whole[1])
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path: Path) -> None:
     def bad(step: int) -> Any:
         batch = batches(step)

@@ -82,7 +82,7 @@ def build(
     callback: told the Progress of "read" (files whose content is looked at), "load", "image" (the
     VAE), "clip" and "encode" (text), each counted in examples. notify: told what was left out.
     What cannot be encoded is left out and listed in skipped.jsonl in the folder: missing, damaged
-    or too short, or an image where a first and a last frame are needed. Raises ValueError for
+    or too short, or an image for a checkpoint that takes images. Raises ValueError for
     settings that cannot be, a disk too small, and if nothing is left; OSError if the disk is full.
     """
     grid = latent_shape(wan.config, size=size, frames=frames)
@@ -210,6 +210,10 @@ def _pixels(wan: Wan, job: _Job) -> dict[str, np.ndarray]:
     clip = read_clip(job.example.path, **job.settings._asdict())
     tensors = {}
     if wan.config.images:
+        if len(clip) == 1:
+            raise ValueError(
+                "one frame, which is also the image that it would begin with: a video is needed"
+            )
         # As generate() would for these images: at the size of the video, "crop" changes nothing.
         request = make_request(
             wan.config,

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +134,10 @@ def make_plan(values: flags.FlagValues) -> Plan:
         settings, requests = _checked(settings, network)
     except ValueError as error:
         raise ValueError(f"--config {values.config}: {error}") from error
-    return Plan(settings, network, source, examples, requests, out, encoded)
+    plan = Plan(settings, network, source, examples, requests, out, encoded)
+    if not settings.lora_rank:
+        results.check_free(_result(plan), _json(settings))
+    return plan
 
 
 def _checked(settings: TrainConfig, network: WanConfig) -> tuple[TrainConfig, list[Request]]:
@@ -213,15 +217,20 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
     )
     fps = plan.config.fps
     maker = samples.Samples(wan, plan.requests, plan.out, fps=fps, callback=report, notify=say)
+    facts = _facts(plan, wan, found)
     with Batches(found, batch_size=own.batch_size, seed=own.seed) as batches:
         model = _model(plan, source, wan, values.dtype, layout, batches.null)
-        state = _train(values, plan, model, batches, maker, layout, _facts(plan, wan, found))
-    if own.lora_rank:
-        results.write_lora(_result(plan), state, own.part(LoraConfig), naming=values.lora_naming)
-    else:
-        assert isinstance(model.trained, Full)
-        about = {"config": _json(own), "data": _facts(plan, wan, found)["data"]}
-        results.write_checkpoint(_result(plan), source, model.trained, state, about=about)
+
+        def write(state: State) -> None:
+            if own.lora_rank:
+                part = own.part(LoraConfig)
+                results.write_lora(_result(plan), state, part, naming=values.lora_naming)
+            elif int(state.step) == own.steps:
+                assert isinstance(model.trained, Full)
+                about = {"config": _json(own), "data": facts["data"]}
+                results.write_checkpoint(_result(plan), source, model.trained, state, about=about)
+
+        write(_train(values, plan, model, batches, maker, layout, facts, write))
     say(f"saved {_result(plan)}")
 
 
@@ -264,19 +273,18 @@ def _train(
     maker: samples.Samples,
     layout: Layout,
     facts: dict[str, Any],
+    write: Callable[[State], None],
 ) -> State:
-    """The state after the last step; Stopped if a signal came before."""
-    own, file = plan.config, _result(plan)
+    """The state after the last step; Stopped if a signal came before.
 
-    def on_checkpoint(state: State) -> None:
-        if own.lora_rank:
-            part = own.part(LoraConfig)
-            results.write_lora(file, state, part, naming=values.lora_naming)
+    write: writes the result so far; at the end it is called before the last samples are made.
+    """
+    own = plan.config
 
     def on_sample(state: State) -> None:
         if plan.requests:
-            network = results.network(model.trained, state, model.frozen.dit)
-            for path in maker.make(int(state.step), network):
+            network = functools.partial(results.network, model.trained, state, model.frozen.dit)
+            for path in maker.make(int(state.step), network, lambda: bool(signals)):
                 say(f"saved {path}")
 
     bar = _Bar()
@@ -294,7 +302,7 @@ def _train(
             layout=layout,
             tensorboard=values.tensorboard,
             on_report=bar,
-            on_checkpoint=on_checkpoint,
+            on_checkpoint=write,
             on_sample=on_sample,
             stop=lambda: bool(signals),
         )
@@ -311,7 +319,7 @@ def _facts(plan: Plan, wan: Wan, found: Cache) -> dict[str, Any]:
     own = plan.config
     flow = dataclasses.asdict(own.part(FlowConfig))
     del flow["remat"]
-    keys = sorted({entry.path.name for entry in found.entries})
+    keys = sorted(entry.path.name for entry in found.entries)  # one that is twice counts twice
     return {
         "checkpoint": wan.digest,
         "dtype": wan.dtype,

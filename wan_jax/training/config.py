@@ -65,6 +65,8 @@ class TrainConfig(OptimizerConfig, FlowConfig, LoopConfig, LoraConfig):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
                 raise ValueError(f"{name} is {value!r}; a list of texts is needed")
+        if self.sample_every and not self.sample_prompts:
+            raise ValueError(f"sample_every is {self.sample_every}; sample_prompts are needed")
         for name in ("sample_images", "sample_last_images"):
             count = len(getattr(self, name))
             if count not in (0, len(self.sample_prompts)):

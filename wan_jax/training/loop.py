@@ -1,5 +1,6 @@
 """The training loop: batches in, weights out, and it can be killed at any moment."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -69,7 +70,7 @@ def run(
     layout: Layout | None = None,
     tensorboard: bool = False,
     on_report: Callable[[Report], None] | None = None,
-    on_checkpoint: Callable[[State], None] | None = None,
+    on_checkpoint: Callable[[State], None] = lambda _: None,
     on_sample: Callable[[State], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> State:
@@ -81,11 +82,12 @@ def run(
     device. on_report: told the metrics when they are written; on_checkpoint: given the state when a
     checkpoint of it is begun; on_sample: given it every sample_every steps and at the end. stop:
     asked after every step whether to leave now, with a checkpoint. Raises sampler.DivergedError,
-    naming the step, when loss or gradient is no longer finite; the checkpoints before it stay.
+    naming the step, when loss or gradient is no longer finite, and the checkpoints before it stay;
+    what `batches` raises, after a checkpoint.
     """
     out.mkdir(parents=True, exist_ok=True)
-    own = {"optimizer": dataclasses.asdict(optimizer), "seed": loop.seed} | (facts or {})
-    own["accumulate"] = loop.accumulate
+    own = {"optimizer": dataclasses.asdict(optimizer), **(facts or {})}
+    own |= {"seed": loop.seed, "accumulate": loop.accumulate}
     with Saver(out, keep=loop.keep, facts=own) as saver:
         state, shardings = _begin(saver, params, optimizer, loop.seed, layout)
         # Pinned, or XLA may choose to leave a part of the state elsewhere than it was.
@@ -94,7 +96,10 @@ def run(
         done = int(state.step)
         with Metrics(out, step=done, tensorboard=tensorboard) as metrics:
             pending = _Pending(metrics, optimizer.steps, on_report)
-            for number, batch in _ahead(batches, place, done, optimizer.steps):
+            coming = _ahead(batches, place, done, optimizer.steps)
+            for number in range(done, optimizer.steps):
+                with _saved(pending, saver, state if number > done else None):
+                    batch = next(coming)
                 state, values = step(state, frozen, batch)
                 pending.add(number + 1, values)
                 stopped = stop()
@@ -104,8 +109,7 @@ def run(
                 if last or _due(number + 1, loop.checkpoint_every):
                     pending.write()
                     saver.save(state)
-                    if on_checkpoint is not None:
-                        on_checkpoint(state)
+                    on_checkpoint(state)
                 due = not stopped and (last or _due(number + 1, loop.sample_every))
                 if on_sample is not None and due:
                     on_sample(state)
@@ -146,8 +150,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _ahead(batches: Batches, place: Place, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-    """(step, batch on the devices), the next one made while the device works on this one."""
+def _ahead(batches: Batches, place: Place, start: int, stop: int) -> Iterator[Any]:
+    """Batches on the devices, the next one made while the device works on this one."""
     with ThreadPoolExecutor(1) as pool:
 
         def ask(number: int) -> Any:
@@ -157,7 +161,19 @@ def _ahead(batches: Batches, place: Place, start: int, stop: int) -> Iterator[tu
         for number in range(start, stop):
             batch = coming.result()
             coming = ask(number + 1)
-            yield number, batch
+            yield batch
+
+
+@contextlib.contextmanager
+def _saved(pending: "_Pending", saver: Saver, state: State | None) -> Iterator[None]:
+    """Keeps what was learned when something fails here, such as a disk after hours."""
+    try:
+        yield
+    except Exception:
+        pending.write()
+        if state is not None:
+            saver.save(state)
+        raise
 
 
 class _Pending:
@@ -171,6 +187,9 @@ class _Pending:
         self._since = time.monotonic()
 
     def add(self, step: int, values: dict[str, Any]) -> None:
+        """Add a step that was begun, once the one before it is done: a signal cannot wait long."""
+        if self._values:
+            jax.block_until_ready(self._values[-1][1])
         self._values.append((step, values))
 
     def rest(self) -> None:

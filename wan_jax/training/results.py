@@ -14,6 +14,7 @@ from wan_jax.weights import checkpoint, derived, trees
 from wan_jax.weights import lora as lora_weights
 
 LORA_FILE, CHECKPOINT = "lora.safetensors", "checkpoint"
+_SEEN = ("log_every", "checkpoint_every", "keep")  # settings that change no weight
 
 
 def learned(state: State) -> Params:
@@ -32,6 +33,24 @@ def write_lora(path: Path, state: State, config: LoraConfig, *, naming: str) -> 
     """Write the LoRA's file, in place of an earlier one; see weights.lora.write()."""
     factors = learned(state)[finetune.LORA]
     lora_weights.write(path, lora.to_lora(factors, alpha=config.alpha), naming=naming)
+
+
+def check_free(path: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint is there that does not come of a training like this.
+
+    config: the training's, as JSON; what only says how often it is looked at may differ.
+    """
+    if not checkpoint.is_checkpoint(path):
+        return
+    trained = checkpoint.read_manifest(path)["parts"]["dit"].get("trained", {})
+    before = trained.get("config", {})
+    other = [name for name in config if name not in _SEEN and config[name] != before.get(name)]
+    other = [name for name in other if not name.startswith("sample_")]
+    if other:
+        raise ValueError(
+            f"{path} comes of another training: {', '.join(other)} differ; choose another --out, "
+            "or delete it"
+        )
 
 
 def write_checkpoint(

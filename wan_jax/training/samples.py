@@ -1,5 +1,6 @@
 """Videos that a training makes on its way, to see what it has learned."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -87,18 +88,24 @@ class Samples:
             for request in requests
         ]
 
-    def make(self, step: int, network: DiT) -> list[Path]:
+    def make(
+        self, step: int, network: Callable[[], DiT], stop: Callable[[], bool] = lambda: False
+    ) -> list[Path]:
         """Write step_000500_0.mp4 and so on (.png of one frame) into OUT/samples.
 
-        What fails is told and does not keep the training from going on.
+        What fails is told and does not keep the training from going on. network: makes what is
+        sampled from. stop: asked before every sample whether to leave it and those after it.
         """
-        paths = []
+        paths: list[Path] = []
+        made = functools.cache(network)
         self._folder.mkdir(parents=True, exist_ok=True)
         for k, sample in enumerate(self._samples):
+            if stop():
+                break
             suffix = ".mp4" if sample.request.frames > 1 else ".png"
             path = self._folder / f"step_{step:06}_{k}{suffix}"
             try:
-                self._make(sample, path, network)
+                self._make(sample, path, made())
             except (DivergedError, OSError, ValueError, jax.errors.JaxRuntimeError) as error:
                 self._say(f"sample {path.name} failed: {error}")  # no memory is the last
                 continue

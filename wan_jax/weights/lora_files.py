@@ -246,8 +246,7 @@ class _Settings(NamedTuple):
 
     def alpha(self, module: str, rank: int) -> float:
         """Of a module, by its name without a prefix, so that its scale is alpha / rank."""
-        # As peft.utils.other.get_pattern_key: an end of the module's name, at a dot.
-        own = (a for p, a in self.patterns.items() if re.match(rf"(.*\.)?({p})$", module))
+        own = (a for p, a in self.patterns.items() if re.match(_whole(p), module))
         found = next(own, self.usual)
         if found is None:
             return float(rank)
@@ -267,7 +266,7 @@ def _settings(path: Path) -> _Settings:
         usual = None if own.get("lora_alpha") is None else _finite(own["lora_alpha"])
         patterns = {str(k): _finite(v) for k, v in (own.get("alpha_pattern") or {}).items()}
         for pattern in patterns:
-            re.compile(pattern)
+            _check_pattern(pattern)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     except (AttributeError, TypeError, ValueError, RecursionError, re.error) as error:
@@ -275,6 +274,23 @@ def _settings(path: Path) -> _Settings:
     if own.get("use_dora"):
         raise ValueError(f"{path} is a DoRA, which is not supported; a LoRA is needed")
     return _Settings(usual, patterns, own.get("use_rslora") is True)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raise ValueError for a regular expression that could take long, or is none."""
+    for form in (pattern, _whole(pattern)):
+        re.compile(form)
+    repeats = re.findall(r"(?<!\\)[*+?{]", pattern)
+    if len(pattern) > 200 or len(repeats) > 3 or re.search(r"\)[*+?{]", pattern):
+        raise ValueError(
+            f"the pattern {pattern[:60]!r} is too elaborate; up to 200 characters and 3 "
+            "repetitions, none of them of a group, are read"
+        )
+
+
+def _whole(pattern: str) -> str:
+    """As peft.utils.other.get_pattern_key: an end of the module's name, at a dot."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _finite(value: Any) -> float:
