@@ -81,7 +81,7 @@ ORDER = (
     {"training.miniature.autoencoder", "training.miniature.text"},
     {"training.miniature.pool"},
     {"training.miniature.transformer"},
-    {"training.miniature.evaluate", "training.miniature.pack"},
+    {"training.miniature.evaluate", "training.miniature.pack", "training.miniature.examples"},
     {"training.miniature.__main__"},
 )
 MARKERS = {"weights.__init__", "training.__init__", "training.miniature.__init__"}

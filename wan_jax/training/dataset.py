@@ -21,7 +21,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 Notify = Callable[[str], None]
 
-_LISTING = "metadata.jsonl"  # what Hugging Face's VideoFolder and ImageFolder read
+LISTING = "metadata.jsonl"  # what Hugging Face's VideoFolder and ImageFolder read
 _FILE_KEYS = ("file_name", "file")
 _TEXT_KEYS = ("text", "caption")
 _TOLD = 10  # of the lines that are left out; the others are counted
@@ -125,13 +125,13 @@ def read_clip(path: Path, *, size: tuple[int, int], frames: int, fps: float) -> 
 def _find_listing(folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"--data {folder} is no folder; one of videos and images is needed")
-    if (folder / _LISTING).is_file():
-        return folder / _LISTING
+    if (folder / LISTING).is_file():
+        return folder / LISTING
     found = [p for p in sorted(folder.glob("*.jsonl")) if not p.name.startswith(".")]
     if len(found) != 1:
         names = ", ".join(p.name for p in found[:5]) or "no file of that ending"
         raise ValueError(
-            f"--data {folder} has {names}; needed is {_LISTING}, or one file that ends in .jsonl, "
+            f"--data {folder} has {names}; needed is {LISTING}, or one file that ends in .jsonl, "
             'with lines like {"file_name": "cat.mp4", "text": "A cat."}'
         )
     return found[0]

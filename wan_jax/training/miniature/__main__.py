@@ -3,8 +3,9 @@
     python -m wan_jax.training.miniature --stages all --out DIR
 
 The stages, each in minutes on one H200: tokenizer, vae, t2v (with the text encoder), i2v (with the
-CLIP tower), flf2v, evaluate, pack. A stage needs those before it in the same DIR; one that was cut
-short goes on from its newest checkpoint.
+CLIP tower), flf2v, evaluate, pack, and examples, which writes clips of a new colour for a LoRA into
+DIR/lime. A stage needs those before it in the same DIR; one that was cut short goes on from its
+newest checkpoint.
 """
 
 import json
@@ -15,7 +16,7 @@ from absl import app, flags
 
 from wan_jax.training.loop import Report
 
-STAGES = ("tokenizer", "vae", "t2v", "i2v", "flf2v", "evaluate", "pack")
+STAGES = ("tokenizer", "vae", "t2v", "i2v", "flf2v", "evaluate", "pack", "examples")
 _OUT = flags.DEFINE_string("out", None, "where the stages write", required=True)
 _STAGES = flags.DEFINE_list("stages", ["all"], f"all, or some of {', '.join(STAGES)}")
 _SEED = flags.DEFINE_integer("seed", 0, "what every random draw comes from")
@@ -41,6 +42,7 @@ def _run(stage: str, out: Path) -> None:
         autoencoder,
         captions,
         evaluate,
+        examples,
         pack,
         text,
         transformer,
@@ -55,6 +57,8 @@ def _run(stage: str, out: Path) -> None:
     elif stage == "pack":
         sizes = pack.pack(out, out / "assets")
         _say(f"{out / 'assets'}: {sum(sizes.values()) / 1e6:.1f} MB")
+    elif stage == "examples":
+        examples.write(out / examples.COLOUR)
     else:
         transformer.train(stage, out, seed=_SEED.value, tell=_report, notify=_say)
 
