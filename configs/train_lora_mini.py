@@ -13,7 +13,7 @@ config = {
     "warmup_steps": 20,
     "weight_decay": 0.0,
     "ema_decay": 0.98,
-    "shift": 3.0,
+    "shift": 5.0,
     "remat": "none",
     "lora_rank": 8,
     "lora_alpha": 8.0,

@@ -28,6 +28,6 @@ DEFAULTS = Defaults(
     frames=world.FRAMES,
     steps=20,
     guidance=4.0,
-    shift=3.0,
+    shift=5.0,  # what a caption says is decided at high noise
     negative_prompt=captions.NEGATIVE_PROMPT,
 )

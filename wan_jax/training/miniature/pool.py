@@ -71,7 +71,10 @@ class Pool:
         self._batch_size, self._seed = batch_size, seed
         rng = np.random.default_rng(seed)
         self._captions = [_captions(group.scenes, text, rng) for group in groups]
-        self._nothing = tokenizer.tokenize(text, [""], length=networks.TEXT_TOKENS)
+        # What generation is guided away from is shown with clips of all kinds, too: with spoiled
+        # ones alone it would push colours and brightness out of range.
+        instead = ["", captions.NEGATIVE_PROMPT]
+        self._nothing = tokenizer.tokenize(text, instead, length=networks.TEXT_TOKENS)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, a function of seed and step."""
@@ -102,15 +105,13 @@ class Pool:
         )
 
     def _texts(
-        self, captions: tuple[np.ndarray, np.ndarray], rows: np.ndarray, rng: np.random.Generator
+        self, told: tuple[np.ndarray, np.ndarray], rows: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, ...]:
-        """Ids and mask of a caption for each row, or of none, so that there is something to be
-        guided away from.
-        """
-        which = rng.integers(_CAPTIONS, size=len(rows))
+        """Ids and mask of a caption for each row, or of what generation is guided away from."""
+        which, other = rng.integers(_CAPTIONS, size=len(rows)), rng.integers(2, size=len(rows))
         lost = rng.random((len(rows), 1)) < networks.TEXT_DROPOUT
-        pairs = zip(self._nothing, captions, strict=True)
-        return tuple(np.where(lost, empty, found[rows, which]) for empty, found in pairs)
+        pairs = zip(self._nothing, told, strict=True)
+        return tuple(np.where(lost, none[other], found[rows, which]) for none, found in pairs)
 
 
 def _captions(

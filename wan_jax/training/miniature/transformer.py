@@ -5,6 +5,7 @@ others find them as they are. Each begins from the weights of the one before it.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,10 +67,11 @@ def train(
     """Train a transformer and write OUT/<network>.safetensors of all that learned.
 
     stage: of networks.DITS. Needs OUT/tokenizer and the files of the stages before; ValueError
-    naming what is missing. Every device takes a share of each batch.
+    naming what is missing. Several devices share each batch.
     """
     recipe = recipe or RECIPES[stage]
-    layout = sharding.make_layout(1)
+    devices = jax.devices()
+    layout = sharding.make_layout(1, devices=devices[: math.gcd(len(devices), recipe.batch_size)])
     frozen = {name: files.network(out, name)[0] for name in recipe.frozen}
     params = begin(stage, out, recipe, seed)
     state = loop.run(
