@@ -179,6 +179,10 @@ def test_crowds_show_more_and_cuts_less(small: pytest.MonkeyPatch) -> None:
     assert fields["shape"].shape == (12, 8)
     shown = (fields["opacity"].max(-1) > 0).sum(1)
     assert shown.max() > 2 and shown.min() <= 2
+    known = np.array(list(world.COLOURS.values()), np.float32)
+    things = fields["rgb"][:, :2][fields["opacity"][:, :2].max(-1) > 0]
+    strange = np.abs(things[:, None] - known).max(-1).min(1) > 1e-6
+    assert 0 < strange.mean() < 0.7
     part = autoencoder.cut(fields, 2, 5)
     np.testing.assert_array_equal(part["position"], fields["position"][:, :, 2:7])
     assert part["brightness"].shape == (12, 5)

@@ -48,6 +48,7 @@ _STILLS, _CLIPS = 64, 8  # a step
 _FRAMES = 17  # of a clip, from anywhere in it
 _CROWD = 4  # scenes whose objects are shown in one: shapes are what is hard to draw
 _ALONE = 0.25  # share of clips as they are
+_OTHER = 0.25  # share of objects of any colour
 _MEASURED = 256  # clips that the latents are measured on
 _LOGVAR = (-20.0, 10.0)
 _TEST_SEED = 1_000_000
@@ -78,8 +79,13 @@ def batch(step: int, *, seed: int, stills: int) -> Clips:
 
 
 def crowds(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
-    """Fields of clips most of which show the objects of the next few clips, too."""
+    """Fields of clips most of which show the objects of the next few clips, too.
+
+    Some objects are of any colour: what is trained later may bring new ones.
+    """
     fields = windows(rng, count, spoil=networks.SPOILED)
+    other = rng.random(fields["shape"].shape) < _OTHER
+    fields["rgb"][other] = rng.random((int(other.sum()), 3))
     own = ("position", "radius", "opacity", "shape", "rgb")
     parts = [{k: np.roll(fields[k], i, axis=0) for k in own} for i in range(_CROWD)]
     alone = rng.random(count) < _ALONE
