@@ -58,7 +58,7 @@ def test_it_learns_and_writes_down_every_step(whole: tuple[Path, State]) -> None
     assert set(found[0]) == {"step", "loss", "grad_norm", "learning_rate", "largest"}
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 

@@ -14,7 +14,8 @@ from wan_jax.weights import checkpoint, derived, trees
 from wan_jax.weights import lora as lora_weights
 
 LORA_FILE, CHECKPOINT = "lora.safetensors", "checkpoint"
-_SEEN = ("log_every", "checkpoint_every", "keep")  # settings that change no weight
+# Settings that change no weight.
+_SEEN = ("log_every", "checkpoint_every", "keep", "remat", "fsdp")
 
 
 def learned(state: State) -> Params:
@@ -44,12 +45,13 @@ def check_free(path: Path, config: dict[str, Any]) -> None:
         return
     trained = checkpoint.read_manifest(path)["parts"]["dit"].get("trained", {})
     before = trained.get("config", {})
-    other = [name for name in config if name not in _SEEN and config[name] != before.get(name)]
+    shared = [name for name in config if name in before and name not in _SEEN]
+    other = [name for name in shared if config[name] != before[name]]
     other = [name for name in other if not name.startswith("sample_")]
-    if other:
+    if other or not before:
         raise ValueError(
-            f"{path} comes of another training: {', '.join(other)} differ; choose another --out, "
-            "or delete it"
+            f"{path} comes of another training: {', '.join(other) or 'all'} differ; "
+            "choose another --out, or delete it"
         )
 
 

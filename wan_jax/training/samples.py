@@ -98,13 +98,13 @@ class Samples:
         """
         paths: list[Path] = []
         made = functools.cache(network)
-        self._folder.mkdir(parents=True, exist_ok=True)
         for k, sample in enumerate(self._samples):
             if stop():
                 break
             suffix = ".mp4" if sample.request.frames > 1 else ".png"
             path = self._folder / f"step_{step:06}_{k}{suffix}"
             try:
+                self._folder.mkdir(parents=True, exist_ok=True)
                 self._make(sample, path, made())
             except (DivergedError, OSError, ValueError, jax.errors.JaxRuntimeError) as error:
                 self._say(f"sample {path.name} failed: {error}")  # no memory is the last

@@ -58,7 +58,7 @@ def _run(stage: str, out: Path) -> None:
         sizes = pack.pack(out, out / "assets")
         _say(f"{out / 'assets'}: {sum(sizes.values()) / 1e6:.1f} MB")
     elif stage == "examples":
-        examples.write(out / examples.COLOUR)
+        examples.write(out / examples.COLOUR, seed=_SEED.value)
     else:
         transformer.train(stage, out, seed=_SEED.value, tell=_report, notify=_say)
 

@@ -79,7 +79,7 @@ def batch(step: int, *, seed: int, stills: int) -> Clips:
 
 
 def crowds(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
-    """Fields of clips most of which show the objects of the next few clips, too.
+    """Fields of clips most of which show the objects of a few others, too.
 
     Some objects are of any colour: what is trained later may bring new ones.
     """

@@ -177,7 +177,7 @@ def fields(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     objects, f: frames. position [b, o, f, 2] (x, y), radius, opacity [b, o, f], shape [b, o], rgb
     [b, o, 3] in 0..1; kind, level, span [b], slope [b, 2] (unit step to a gradient's bright end),
     parity [b] (1, or -1 where the upper left cell is dark); blur [b] (sigma, pixels; 0 is none),
-    contrast [b] (1 is unchanged), brightness [b, f] (added).
+    cell [b] (side of a checker, pixels); contrast [b] (1 is unchanged), brightness [b, f] (added).
     Raises ValueError for no scenes, and for scenes of several sizes or numbers of frames.
     """
     if len({(scene.size, scene.frames) for scene in scenes}) != 1:
