@@ -177,7 +177,7 @@ def _saved(pending: "_Pending", saver: Saver, state: State | None) -> Iterator[N
 
 
 class _Pending:
-    """Metrics of steps that may still be running: fetched together, so that none is waited for."""
+    """Metrics of steps that may still be running: fetched together; at most one is not done."""
 
     def __init__(
         self, metrics: Metrics, steps: int, on_report: Callable[[Report], None] | None

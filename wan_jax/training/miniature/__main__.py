@@ -1,11 +1,11 @@
-"""Train the miniature from nothing, stage by stage, on one GPU.
+"""Train the miniature from nothing, stage by stage.
 
     python -m wan_jax.training.miniature --stages all --out DIR
 
 The stages, each in minutes on one H200: tokenizer, vae, t2v (with the text encoder), i2v (with the
 CLIP tower), flf2v, evaluate, pack, and examples, which writes clips of a new colour for a LoRA into
-DIR/lime. A stage needs those before it in the same DIR; one that was cut short goes on from its
-newest checkpoint.
+DIR/lime. A stage needs those before it in the same DIR (examples none); one that was cut short goes
+on from its newest checkpoint.
 """
 
 import json
