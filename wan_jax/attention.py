@@ -6,6 +6,7 @@ and a padded row never reaches a softmax.
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ IMPLEMENTATIONS = ("cudnn", "splash", "chunked")
 # Scores held at once by the chunked form: 2^24 float32 values are 64 MiB.
 _CHUNK_ELEMENTS = 2**24
 _CHUNK_KEYS = 1024
+_LOWEST = -1e30  # below every score, and finite: of -inf alone a softmax makes NaN
 
 # Tiles of the TPU kernel, in rows; they fit the 16 MiB of scoped VMEM that v5e allows by default.
 _SPLASH_QUERIES = 1024
@@ -36,6 +38,49 @@ def attention(
     TPU for bfloat16, and the memory-bounded "chunked" form for all else. A named one
     runs or raises: ValueError for an unknown name or operands it does not take.
     """
+    name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation)
+    if name == "cudnn":
+        return jax.nn.dot_product_attention(q_bsnk, k_bsnk, v_bsnk, implementation="cudnn")
+    if name == "splash":
+        return _splash(q_bsnk, k_bsnk, v_bsnk, weigh=False)[0]
+    return _chunked(q_bsnk, k_bsnk, v_bsnk)[0]
+
+
+def partial_attention(
+    q_bsnk: Array,
+    k_bsnk: Array,
+    v_bsnk: Array,
+    *,
+    count: Array | int | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """attention() over some of the keys, to be joined by merge(): the result, and its weight.
+
+    count: so many keys are real and the rest are not attended to; None is all of them. It may be 0.
+    The weight, float32 [b, s, n], is the logarithm of the sum of the keys' exponentials.
+    """
+    name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation)
+    run = {"cudnn": _cudnn_with_weight, "splash": _splash, "chunked": _chunked}[name]
+    out, weight = run(q_bsnk, k_bsnk, v_bsnk, count=count)
+    if count is None:
+        return out, weight
+    some = jnp.asarray(count) > 0  # kernels give anything for no keys at all
+    return jnp.where(some, out, 0), jnp.where(some, weight, _LOWEST)
+
+
+def merge(parts: Iterable[tuple[Array, Array]]) -> Array:
+    """attention() over all keys, from those of partial_attention() over disjoint shares of them."""
+    first, *others = parts
+    total, best = first[0].astype(jnp.float32), first[1]
+    for out, weight in others:
+        both = jnp.logaddexp(best, weight)
+        fade, share = (jnp.exp(x - both)[..., None] for x in (best, weight))
+        total, best = total * fade + out.astype(jnp.float32) * share, both
+    return total.astype(first[0].dtype)
+
+
+def _checked(q_bsnk: Array, k_bsnk: Array, v_bsnk: Array, implementation: str | None) -> str:
+    """The implementation to run; ValueError if it cannot."""
     shapes = q_bsnk.shape, k_bsnk.shape, v_bsnk.shape
     (b, _, n, d), (bk, s, nk, dk), _ = shapes
     if (b, n, d) != (bk, nk, dk) or shapes[1] != shapes[2] or s == 0:
@@ -43,13 +88,13 @@ def attention(
     if not q_bsnk.dtype == k_bsnk.dtype == v_bsnk.dtype:
         raise ValueError(f"q, k, v are {q_bsnk.dtype}, {k_bsnk.dtype}, {v_bsnk.dtype}; need one")
     name = implementation or _pick(q_bsnk)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {name!r}; one of {IMPLEMENTATIONS} is needed")
     if name == "cudnn":
-        return _cudnn(q_bsnk, k_bsnk, v_bsnk)
-    if name == "splash":
-        return _splash(q_bsnk, k_bsnk, v_bsnk)
-    if name == "chunked":
-        return _chunked(q_bsnk, k_bsnk, v_bsnk)
-    raise ValueError(f"implementation is {name!r}; one of {IMPLEMENTATIONS} is needed")
+        _check_cudnn(q_bsnk)
+    if name == "splash" and q_bsnk.dtype == jnp.float16:
+        raise ValueError("implementation 'splash' is given float16, which Mosaic does not load")
+    return name
 
 
 def is_attention(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -70,14 +115,30 @@ def _gpu_kernel(q: Array) -> str:
     return "cudnn" if fits and nvidia else "chunked"
 
 
-def _cudnn(q: Array, k: Array, v: Array) -> Array:
+def _check_cudnn(q: Array) -> None:
     if jax.default_backend() != "gpu":
         raise ValueError(
             f"implementation 'cudnn' needs an NVIDIA GPU, this is {jax.default_backend()}"
         )
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"implementation 'cudnn' needs bfloat16 or float16, got {q.dtype}")
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _cudnn_with_weight(
+    q: Array, k: Array, v: Array, *, count: Array | int | None = None
+) -> tuple[Array, Array]:
+    # What jax.nn.dot_product_attention calls: it would round the weight to the dtype of q, which
+    # in bfloat16 puts merged results off by 3 %.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    lengths: dict[str, Any] = {}
+    if count is not None:
+        rows = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
+        real = jnp.broadcast_to(jnp.asarray(count, jnp.int32), rows.shape)
+        lengths = {"q_seqlen": rows, "kv_seqlen": real, "mask_type": cudnn.MaskType.PADDING}
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    out, weight = cudnn.dot_product_attention(q, k, v, scale=scale, return_residual=True, **lengths)
+    return out, weight.reshape(q.shape[0], q.shape[2], -1).swapaxes(1, 2)
 
 
 def _pad(x: Array, axis: int, multiple: int) -> Array:
@@ -86,15 +147,15 @@ def _pad(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, widths) if widths[axis][1] else x
 
 
-def _splash(q: Array, k: Array, v: Array) -> Array:
+def _splash(
+    q: Array, k: Array, v: Array, *, count: Array | int | None = None, weigh: bool = True
+) -> tuple[Array, Any]:
     """Pallas flash attention for TPU (jax.experimental.pallas.ops.tpu.splash_attention)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
 
-    if q.dtype == jnp.float16:
-        raise ValueError("implementation 'splash' is given float16, which Mosaic does not load")
     (_, s, n, d), keys = q.shape, k.shape[1]
     block_q = min(_SPLASH_QUERIES, -(-s // _LANES) * _LANES)
     block_k = min(_SPLASH_KEYS, -(-keys // _LANES) * _LANES)
@@ -109,18 +170,24 @@ def _splash(q: Array, k: Array, v: Array) -> Array:
         block_sizes=kernel.BlockSizes(block_q=block_q, block_kv=block_k, block_kv_compute=block_k),
         head_shards=1,
         q_seq_shards=1,
+        save_residuals=weigh,  # then there is no gradient
     )
     segments = None
-    if k.shape[2] != keys:  # real queries and keys are segment 0, padded keys segment 1
-        padded = (jnp.arange(k.shape[2]) >= keys).astype(jnp.int32)
+    if count is not None or k.shape[2] != keys:
+        # Real queries and keys are segment 0, padded keys segment 1.
+        real = keys if count is None else count
+        padded = (jnp.arange(k.shape[2]) >= real).astype(jnp.int32)
         segments = kernel.SegmentIds(q=jnp.zeros((q.shape[2],), jnp.int32), kv=padded)
     # The kernel takes the global precision, and Mosaic compiles no bfloat16 product at "highest".
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-        out = jax.vmap(functools.partial(run, segment_ids=segments))(q, k, v)
-    return out.swapaxes(1, 2)[:, :s, :, :d]
+        found = jax.vmap(functools.partial(run, segment_ids=segments))(q, k, v)
+    out, weight = (found[0], found[1][0].swapaxes(1, 2)[:, :s]) if weigh else (found, None)
+    return out.swapaxes(1, 2)[:, :s, :, :d], weight
 
 
-def _chunked(q: Array, k: Array, v: Array) -> Array:
+def _chunked(
+    q: Array, k: Array, v: Array, *, count: Array | int | None = None
+) -> tuple[Array, Array]:
     """Online softmax over blocks of keys for blocks of queries, in plain XLA."""
     (b, s, n, d), keys = q.shape, k.shape[1]
     block_k = min(_CHUNK_KEYS, keys)
@@ -129,18 +196,19 @@ def _chunked(q: Array, k: Array, v: Array) -> Array:
     blocks_k, blocks_v = (x.reshape(b, -1, block_k, n, d).transpose(1, 0, 3, 2, 4) for x in (k, v))
     starts = jnp.arange(blocks_k.shape[0], dtype=jnp.int32) * block_k
     precision = precision_of(q.dtype)
+    last = keys if count is None else count
 
     def product(subscripts: str, x: Array, y: Array) -> Array:
         return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
-    def over_keys(q_bnsk: Array) -> Array:
+    def over_keys(q_bnsk: Array) -> tuple[Array, Array]:
         def step(
             carry: tuple[Array, Array, Array], block: tuple[Array, Array, Array]
         ) -> tuple[tuple[Array, Array, Array], None]:
             best, total, out = carry
             start, k_bntk, v_bntk = block
             scores = product("bnsk,bntk->bnst", q_bnsk, k_bntk) * (1.0 / math.sqrt(d))
-            real = start + jnp.arange(block_k, dtype=jnp.int32) < keys
+            real = start + jnp.arange(block_k, dtype=jnp.int32) < last
             scores = jnp.where(real, scores, -jnp.inf)
             top = jnp.maximum(best, jnp.max(scores, -1, keepdims=True))
             weights, fade = jnp.exp(scores - top), jnp.exp(best - top)
@@ -148,10 +216,11 @@ def _chunked(q: Array, k: Array, v: Array) -> Array:
             return (top, total * fade + jnp.sum(weights, -1, keepdims=True), out), None
 
         rows = (*q_bnsk.shape[:3], 1)
-        start = jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(q_bnsk.shape)
-        (_, total, out), _ = lax.scan(step, start, (starts, blocks_k, blocks_v))
-        return (out / total).astype(q.dtype)
+        start = jnp.full(rows, _LOWEST), jnp.zeros(rows), jnp.zeros(q_bnsk.shape)
+        (best, total, out), _ = lax.scan(step, start, (starts, blocks_k, blocks_v))
+        return (out / total).astype(q.dtype), (best + jnp.log(total))[..., 0]
 
     blocks_q = q.reshape(b, -1, block_q, n, d).transpose(1, 0, 3, 2, 4)
-    out = lax.map(over_keys, blocks_q)
-    return out.transpose(1, 0, 3, 2, 4).reshape(b, -1, n, d)[:, :s]
+    out, weight = lax.map(over_keys, blocks_q)
+    out = out.transpose(1, 0, 3, 2, 4).reshape(b, -1, n, d)[:, :s]
+    return out, weight.transpose(1, 0, 3, 2).reshape(b, -1, n)[:, :s]

@@ -35,6 +35,8 @@ from wan_jax.layers import (
     normal,
     rms_norm,
 )
+from wan_jax.patches import patchify, unpatchify
+from wan_jax.sequence import Share
 
 Array = jax.Array
 MAX_TIMESTEP = 1000
@@ -146,12 +148,18 @@ class DiT(nnx.Module):
         out = int(np.prod(config.patch_size)) * config.out_channels
         self.head_proj = Linear(d, out, rngs=rngs, dtype=f32, init=normal(0.0))
 
-    def prepare(self, context_bsd: Array, image_bsd: Array | None = None) -> Cond:
+    def prepare(
+        self,
+        context_bsd: Array,
+        image_bsd: Array | None = None,
+        *,
+        fetch: Callable[[Block], Block] | None = None,
+    ) -> Cond:
         """Text states [b, s <= text_len, text_dim] -> keys and values of every block.
 
         image_bsd: CLIP's tokens [b, s, image_dim], where the network takes an image; those of a
         first and a last frame one after the other. Rows past the text are zero and stay in: the
-        network attends to them (Wan2.1 text_len pads).
+        network attends to them (Wan2.1 text_len pads). fetch: see blocks().
         """
         _, s, width = context_bsd.shape
         if s > self.config.text_len or width != self.config.text_dim:
@@ -164,7 +172,7 @@ class DiT(nnx.Module):
         image = self._image_tokens(image_bsd)
 
         def keys_and_values(_: None, layer: Block) -> tuple[None, Cond]:
-            weights = layer.cross_attn
+            weights = (layer if fetch is None else fetch(layer)).cross_attn
             pair = self._keys_and_values(weights.k, weights.norm_k, weights.v, text)
             if image is None:
                 return None, Cond(*pair)
@@ -175,15 +183,23 @@ class DiT(nnx.Module):
 
         return lax.scan(keys_and_values, None, self.layers)[1]
 
-    def embed(self, latents_bthwc: Array, t_b: Array) -> tuple[Array, Modulation]:
-        """Latents and timesteps (0..1000) -> tokens [b, l, d] float32 and the modulation."""
+    def embed(
+        self, latents_bthwc: Array, t_b: Array, *, share: Share | None = None
+    ) -> tuple[Array, Modulation]:
+        """Latents and timesteps (0..1000) -> tokens [b, l, d] float32 and the modulation.
+
+        share: what other devices leave to this one, inside shard_map (see spread.py); None is all.
+        """
         config = self.config
-        grid, patches = _patchify(latents_bthwc, config)
+        grid, patches = patchify(latents_bthwc, config)
+        cos, sin = rope.tables(grid, config.head_dim)
+        if share is not None:
+            patches = share.take(patches, axis=1)
+            cos, sin = (share.take(table, axis=0) for table in (cos, sin))
         h = linear(self.patch, patches).astype(jnp.float32)
         wave = sinusoid(t_b, config.freq_dim)
         time = linear(self.time_out, jax.nn.silu(linear(self.time_in, wave)))
         steps = linear(self.time_proj, jax.nn.silu(time)).reshape(-1, 6, config.dim)
-        cos, sin = rope.tables(grid, config.head_dim)
         return h, Modulation(time, steps, cos, sin, grid)
 
     def blocks(
@@ -197,6 +213,7 @@ class DiT(nnx.Module):
         fetch: Callable[[Block], Block] | None = None,
         implementation: str | None = None,
         remat: str = "none",
+        share: Share | None = None,
     ) -> Array:
         """Run the stack, or the blocks of `layers`, on tokens [b, l, d] float32.
 
@@ -204,25 +221,32 @@ class DiT(nnx.Module):
         to the device inside the scan. implementation: which attention (see attention()). remat: for
         training, one of REMAT: what of a block the way back computes again instead of keeping it;
         "attention" is everything but the attention's kernel, which is kept where it is cuDNN's.
+        share: as in embed().
         """
         stack = self.layers
+        among = functools.partial(
+            attention if share is None else share.attention, implementation=implementation
+        )
         if layers is not None:
             stack, cond = jax.tree.map(lambda x: x[layers], (stack, cond))
 
         def body(h: Array, item: tuple[Block, Cond, Array | None]) -> tuple[Array, None]:
             layer, kv, residual = item
-            if fetch is not None:
-                layer = fetch(layer)
-            h = self._block(layer, h, mod, kv, implementation)
+            h = self._block(
+                layer if fetch is None else fetch(layer), h, mod, kv, among, implementation
+            )
             return (h if residual is None else h + residual.astype(h.dtype)), None
 
         return lax.scan(_remat(body, remat), h_bld, (stack, cond, residuals))[0]
 
-    def head(self, h_bld: Array, mod: Modulation) -> Array:
-        """Tokens -> velocity [b, t, h, w, out_channels], float32."""
+    def head(self, h_bld: Array, mod: Modulation, *, share: Share | None = None) -> Array:
+        """Tokens -> velocity [b, t, h, w, out_channels], float32. share: as in embed()."""
         shift, scale = _split(self.head_modulation[...] + mod.time_bd[:, None], 2)
         normed = layer_norm(h_bld, eps=self.config.eps) * (1.0 + scale) + shift
-        return _unpatchify(linear(self.head_proj, normed), mod.grid, self.config)
+        patches = linear(self.head_proj, normed)
+        if share is not None:
+            patches = share.join(patches, axis=1)
+        return unpatchify(patches, mod.grid, self.config)
 
     def __call__(
         self,
@@ -230,15 +254,20 @@ class DiT(nnx.Module):
         t_b: Array,
         cond: Cond,
         *,
+        fetch: Callable[[Block], Block] | None = None,
         implementation: str | None = None,
         remat: str = "none",
+        share: Share | None = None,
     ) -> Array:
         """Velocity [b, t, h, w, out_channels], float32, of latents at timesteps t (0..1000).
 
-        implementation, remat: see blocks().
+        fetch, implementation, remat, share: see blocks().
         """
-        h, mod = self.embed(latents_bthwc, t_b)
-        return self.head(self.blocks(h, mod, cond, implementation=implementation, remat=remat), mod)
+        h, mod = self.embed(latents_bthwc, t_b, share=share)
+        h = self.blocks(
+            h, mod, cond, fetch=fetch, implementation=implementation, remat=remat, share=share
+        )
+        return self.head(h, mod, share=share)
 
     def _keys_and_values(
         self, key: Linear, norm: RMSNorm, value: Linear, tokens: Array
@@ -274,14 +303,21 @@ class DiT(nnx.Module):
         return x_bld.reshape(*x_bld.shape[:2], self.config.num_heads, self.config.head_dim)
 
     def _block(
-        self, layer: Block, h: Array, mod: Modulation, kv: Cond, implementation: str | None
+        self,
+        layer: Block,
+        h: Array,
+        mod: Modulation,
+        kv: Cond,
+        among: Callable[..., Array],
+        implementation: str | None,
     ) -> Array:
+        """among: attention of the video's tokens to each other."""
         eps = self.config.eps
         shift1, scale1, gate1, shift2, scale2, gate2 = _split(
             layer.modulation[...] + mod.blocks_b6d, 6
         )
         x = layer_norm(h, eps=eps) * (1.0 + scale1) + shift1
-        h = h + gate1 * self._self_attention(layer.self_attn, x, mod, implementation)
+        h = h + gate1 * self._self_attention(layer.self_attn, x, mod, among)
 
         weights = layer.cross_attn
         q = rms_norm(weights.norm_q, linear(weights.q, _norm3(layer, h, eps)), eps=eps)
@@ -296,7 +332,7 @@ class DiT(nnx.Module):
         return h + gate2 * y.astype(jnp.float32)
 
     def _self_attention(
-        self, weights: Attention, x: Array, mod: Modulation, implementation: str | None
+        self, weights: Attention, x: Array, mod: Modulation, among: Callable[..., Array]
     ) -> Array:
         v = linear(weights.v, x)
         q, k = (
@@ -307,7 +343,7 @@ class DiT(nnx.Module):
             ).astype(v.dtype)
             for norm, p in ((weights.norm_q, weights.q), (weights.norm_k, weights.k))
         )
-        y = attention(q, k, self._heads(v), implementation=implementation)
+        y = among(q, k, self._heads(v))
         return linear(weights.o, y.reshape(x.shape)).astype(jnp.float32)
 
 
@@ -346,24 +382,3 @@ def sinusoid(t_b: Array, width: int) -> Array:
     sin = jnp.asarray(np.sin(angles), jnp.float32)[whole]
     cos_rest, sin_rest = jnp.cos(rest), jnp.sin(rest)
     return jnp.concatenate([cos * cos_rest - sin * sin_rest, sin * cos_rest + cos * sin_rest], -1)
-
-
-def _patchify(latents: Array, config: DiTConfig) -> tuple[rope.Grid, Array]:
-    """[b, t, h, w, c] -> grid and patches [b, l, pt, ph, pw, c], tokens ordered t, h, w."""
-    b, *extent, c = latents.shape
-    if c != config.in_channels or any(n % p for n, p in zip(extent, config.patch_size)):
-        raise ValueError(
-            f"latents have shape {latents.shape}; [b, t, h, w, {config.in_channels}] with t, h, w "
-            f"in multiples of {config.patch_size} is needed"
-        )
-    t, h, w = (n // p for n, p in zip(extent, config.patch_size, strict=True))
-    pt, ph, pw = config.patch_size
-    x = latents.reshape(b, t, pt, h, ph, w, pw, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return (t, h, w), x.reshape(b, t * h * w, pt, ph, pw, c)
-
-
-def _unpatchify(x_blo: Array, grid: rope.Grid, config: DiTConfig) -> Array:
-    """[b, l, pt*ph*pw*c], channel fastest -> [b, t, h, w, c]."""
-    (t, h, w), (pt, ph, pw), c = grid, config.patch_size, config.out_channels
-    x = x_blo.reshape(-1, t, h, w, pt, ph, pw, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(-1, t * pt, h * ph, w * pw, c)

@@ -17,6 +17,8 @@ import jax
 from wan_jax import shipped
 from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
+from wan_jax.plans import Plan
+from wan_jax.sharding import Layout
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.weights import adapters, checkpoint, dit, folders, miniature, remote
 from wan_jax.weights.hashes import FileHashes
@@ -62,6 +64,7 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     offload: bool = False,
     text_on_cpu: bool = False,
+    plan: Plan | None = None,
     callback: Callback | None = None,
     notify: Notify | None = None,
 ) -> Wan:
@@ -75,7 +78,8 @@ def load(
     make small checkpoints of random weights. lora: what is added to the DiT: a .safetensors file,
     "file:scale", (file, scale), or a list of these; the scale is 1 if not given. dtype:
     "bfloat16", or "float32" to compare number by number. offload: each stage's weights leave the
-    device when it is done. text_on_cpu: UMT5 runs on the host. callback: told the progress;
+    device when it is done. text_on_cpu: UMT5 runs on the host. plan: how a video is spread
+    over devices (plans.choose); None is the first device. callback: told the progress;
     notify: told in a sentence what takes long.
     Raises ValueError naming what is wrong with the files.
     """
@@ -87,10 +91,22 @@ def load(
     )
     config = checkpoint.read_config(folder)
     loras = adapters.hashed(wanted)
-    loaders = _loaders(folder, config, loras, dtype=dtype, text_on_cpu=text_on_cpu)
+    layout, split = (None, ()) if plan is None else (plan.layout(), plan.split)
+    place = functools.partial(_place, layout, split, text_on_cpu=text_on_cpu)
+    loaders = _loaders(folder, config, loras, dtype=dtype, place=place)
     tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
     digest = adapters.digest(checkpoint.read_manifest(folder)["digest"], loras)
-    wan = Wan(config, tokenizer, loaders, dtype=dtype, offload=offload, digest=digest, loras=loras)
+    wan = Wan(
+        config,
+        tokenizer,
+        loaders,
+        dtype=dtype,
+        offload=offload,
+        digest=digest,
+        loras=loras,
+        layout=layout,
+        split=split,
+    )
     if not offload:
         for done, part in enumerate((*loaders, None)):
             if callback is not None:
@@ -138,24 +154,27 @@ def _loaders(
     loras: Sequence[adapters.Adapter],
     *,
     dtype: str,
-    text_on_cpu: bool,
+    place: Callable[[str], Any],
 ) -> dict[str, Callable[[], Any]]:
-    """{part: function that puts it on the device} of a checkpoint."""
-    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0]) if text_on_cpu else None
+    """{part: function that puts it where place(part) says} of a checkpoint."""
     loaders: dict[str, Callable[[], Any]] = {
         part: functools.partial(
-            checkpoint.restore,
-            folder,
-            part,
-            config,
-            dtype=dtype,
-            sharding=host if part == "umt5" else None,
+            checkpoint.restore, folder, part, config, dtype=dtype, sharding=place(part)
         )
         for part in config.dit.parts
     }
     if loras:
         loaders["dit"] = adapters.with_loras(loaders["dit"], config.dit, loras)
     return loaders
+
+
+def _place(
+    layout: Layout | None, split: Collection[str], part: str, *, text_on_cpu: bool
+) -> checkpoint.Where | None:
+    """Where a network goes; None is the first device."""
+    if text_on_cpu and part == "umt5":
+        return jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    return None if layout is None else layout.of_weights(split=part in split).weight
 
 
 def _cache(path: str | os.PathLike[str] | None) -> Any:

@@ -6,6 +6,7 @@ weights can leave the device before the next begins.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wan_jax import clip, conditioning, sampler, streaming, tokenizer, umt5, xla
+from wan_jax import clip, conditioning, sampler, spread, streaming, tokenizer, umt5
 from wan_jax import noise as noise_module
 from wan_jax.config import WanConfig
 from wan_jax.dit import Cond, DiT
 from wan_jax.fitting import Fit
 from wan_jax.request import Request, check_noise, latent_shape, make_request
+from wan_jax.sharding import Layout
 from wan_jax.weights.adapters import Adapter
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ class Wan:
     loaders: {"dit" | "vae" | "umt5" | "clip": function that puts the network on the device}.
     offload: each stage's weights leave the device when it is done and are read again when needed.
     digest: SHA-256 over those of the source files and of the LoRAs, or "" for networks from
-    elsewhere. loras: what was added to the DiT.
+    elsewhere. loras: what was added to the DiT. layout: of the devices that a video is spread over;
+    None is the first device. split: the networks of which each of these holds a share only.
     """
 
     config: WanConfig
@@ -75,6 +78,8 @@ class Wan:
     offload: bool = False
     digest: str = ""
     loras: tuple[Adapter, ...] = ()
+    layout: Layout | None = None
+    split: tuple[str, ...] = ()
     _resident: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def network(self, part: str, callback: Callback | None = None) -> Any:
@@ -169,8 +174,10 @@ class Wan:
         contexts = []
         with self._stage("umt5", callback) as network:
             _tell(callback, "encode", 0, len(prompts))
+            # None where the network is on the CPU.
+            layout = self._layout("umt5") if spread.lies_on(network, self.layout) else None
             for i in range(len(prompts)):  # one by one: a text's states do not know its neighbours
-                states = _encode_text(network, ids[i : i + 1], mask[i : i + 1])
+                states = _program(umt5.encode, layout)(network, ids[i : i + 1], mask[i : i + 1])
                 contexts.append(np.asarray(states)[0])
                 _tell(callback, "encode", i + 1, len(prompts))
             del network
@@ -190,7 +197,8 @@ class Wan:
         """
         with self._stage("clip", callback) as tower:
             _tell(callback, "clip", 0, 1)
-            tokens = np.asarray(_encode_view(tower, _commit(jnp.asarray(views))), np.float32)
+            run = _program(_encode_views, self.layout)
+            tokens = np.asarray(run(tower, self._put(views)), np.float32)
             _tell(callback, "clip", 1, 1)
             del tower
         return tokens.reshape(1, -1, tokens.shape[-1])
@@ -227,7 +235,9 @@ class Wan:
         latents: list[np.ndarray] = []
         with self._stage("vae", callback) as network:
             _tell(callback, "image", 0, count)
-            for latent in streaming.encode(network, chunks, dtype=self.dtype, what=what):
+            for latent in streaming.encode(
+                network, chunks, dtype=self.dtype, what=what, layout=self.layout
+            ):
                 latents.append(latent)
                 _tell(callback, "image", len(latents), count)
             del network
@@ -272,7 +282,9 @@ class Wan:
     ) -> Iterator[np.ndarray]:
         count = latents.shape[1]
         _tell(callback, "decode", 0, count)
-        for frames, done in streaming.decode(network, latents, pixels=dtype, dtype=self.dtype):
+        for frames, done in streaming.decode(
+            network, latents, pixels=dtype, dtype=self.dtype, layout=self.layout
+        ):
             yield frames
             _tell(callback, "decode", done, count)
 
@@ -299,7 +311,7 @@ class Wan:
             )
         done = start.done if isinstance(start, sampler.Carry) else 0
         if isinstance(start, sampler.Carry):
-            start = start._replace(state=jax.tree.map(_commit, start.state))
+            start = start._replace(state=self._put(start.state))
 
         def on_step(carry: sampler.Carry, steps: int) -> None:
             if callback is not None:
@@ -310,24 +322,48 @@ class Wan:
         with self._stage("dit", callback) as network:
             _tell(callback, "denoise", done, len(request.schedule.table))
             tokens = None if known is None else known.tokens
-            conds = _conditions(network, context, request, tokens)
+            conds = self._conditions(network, context, request, tokens)
             return sampler.sample(
                 network,
                 start,
                 request.schedule,
                 conds,
                 guidance=request.guidance,
-                known=None if known is None else _commit(jnp.asarray(known.channels)),
+                known=None if known is None else self._put(known.channels),
                 on_step=on_step,
+                layout=self._layout("dit"),
             )
+
+    def _conditions(
+        self, network: DiT, context: Any, request: Request, tokens: np.ndarray | None
+    ) -> tuple[Cond, ...]:
+        """Conditions of the videos and, where the context has one row more, of the negative prompt.
+
+        tokens: [1, s, d] of the images, for all of them.
+        """
+        prepare = _program(DiT.prepare, self._layout("dit"))
+        n, b = len(request.prompts), len(request.prompts) * request.num_videos
+        rows = [np.repeat(context[:n], request.num_videos, axis=0)]
+        if context.shape[0] > n:
+            rows.append(np.repeat(context[n:], b, axis=0))
+        images = () if tokens is None else (self._put(np.repeat(tokens, b, axis=0)),)
+        return tuple(prepare(network, self._put(row), *images) for row in rows)
+
+    def _layout(self, part: str) -> Layout | None:
+        """The layout with the network's own way of splitting weights."""
+        return None if self.layout is None else self.layout.of_weights(split=part in self.split)
+
+    def _put(self, arrays: Any) -> Any:
+        """The arrays where the networks are."""
+        return streaming.place(arrays, self.layout)
 
     def _noise(self, request: Request, noise: Any) -> Array:
         if noise is None:
             drawn = noise_module.initial_noise(
                 request.seed, request.num_videos, shape=request.latent_shape
             )
-            return _commit(jnp.tile(drawn, (len(request.prompts), 1, 1, 1, 1)))
-        return _commit(jnp.asarray(check_noise(noise, request.noise_shape)))
+            return self._put(jnp.tile(drawn, (len(request.prompts), 1, 1, 1, 1)))
+        return self._put(check_noise(noise, request.noise_shape))
 
 
 def _check_output(output: str) -> None:
@@ -345,29 +381,9 @@ def _tell(callback: Callback | None, stage: str, done: int, total: int) -> None:
         callback(Progress(stage, done, total))
 
 
-def _commit(array: Array) -> Array:
-    """The array on the device where the weights are, whence jit makes one program and not two."""
-    return jax.device_put(array, jax.devices()[0])
+def _encode_views(tower: clip.CLIP, views: Array, *, fetch: None = None) -> Array:
+    del fetch  # the tower is whole on every device
+    return clip.encode(tower, clip.normalise(views))
 
 
-_encode_text = xla.jit(umt5.encode)
-_encode_view = xla.jit(lambda tower, views: clip.encode(tower, clip.normalise(views)))
-_prepare = xla.jit(DiT.prepare)
-
-
-def _conditions(
-    network: DiT, context: Array, request: Request, tokens: np.ndarray | None
-) -> tuple[Cond, ...]:
-    """Conditions of the videos and, where the context has one row more, of the negative prompt.
-
-    tokens: [1, s, d] of the images, for all of them.
-    """
-    context = _commit(jnp.asarray(context))
-    n, b = len(request.prompts), len(request.prompts) * request.num_videos
-    rows = [jnp.repeat(context[:n], request.num_videos, axis=0)]
-    if context.shape[0] > n:
-        rows.append(jnp.repeat(context[n:], b, axis=0))
-    if tokens is None:
-        return tuple(_prepare(network, row) for row in rows)
-    image = _commit(jnp.repeat(jnp.asarray(tokens), b, axis=0))
-    return tuple(_prepare(network, row, image) for row in rows)
+_program = functools.cache(spread.program)

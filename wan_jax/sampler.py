@@ -6,6 +6,7 @@ step at which a number went wrong. The scan driver is one program, for benchmark
 compilation. On the CPU the two give the same bits.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wan_jax import xla
+from wan_jax import spread, xla
 from wan_jax.dit import Cond, DiT
 from wan_jax.schedulers import Row, Schedule
+from wan_jax.sharding import Layout
 
 Array = jax.Array
 
@@ -85,20 +87,24 @@ def step(
     dit: DiT,
     state: State,
     row: Row,
-    conds: Sequence[Cond],
+    conds: Sequence[Cond] | Cond,
     guidance: Array,
     noise: Array | None = None,
     *,
     known: Array | None = None,
     implementation: str | None = None,
+    layout: Layout | None = None,
 ) -> State:
     """One solver step: predict data, correct the sample, move on. `row` holds float32 scalars.
 
     noise is what a row with a coefficient for it adds; every solver here has zero there. known: as
-    velocity() has it.
+    velocity() has it. layout: of many devices, for which spread.place() has made conds.
     """
     x, last, m0, m1 = state
-    v = velocity(dit, x, row.timestep, conds, guidance, known=known, implementation=implementation)
+    guided: Callable[..., Array] = velocity
+    if layout is not None:
+        guided = functools.partial(spread.velocity, layout=layout)
+    v = guided(dit, x, row.timestep, conds, guidance, known=known, implementation=implementation)
     m = x - row.sigma * v
     corrected = row.cx * x + row.cl * last + row.c0 * m0 + row.c1 * m1 + row.cm * m
     moved = row.px * corrected + row.pm * m + row.p0 * m0
@@ -116,16 +122,21 @@ def _checked_step(
     dit: DiT,
     state: State,
     row: Row,
-    conds: Sequence[Cond],
+    conds: Sequence[Cond] | Cond,
     guidance: Array,
     known: Array | None,
     implementation: str | None = None,
+    layout: Layout | None = None,
 ) -> tuple[State, Array]:
-    state = step(dit, state, row, conds, guidance, known=known, implementation=implementation)
+    state = step(
+        dit, state, row, conds, guidance, known=known, implementation=implementation, layout=layout
+    )
     return state, jnp.all(jnp.isfinite(state.x))
 
 
-_jitted_step = xla.jit(_checked_step, static_argnames="implementation", donate_argnames="state")
+_jitted_step = xla.jit(
+    _checked_step, static_argnames=("implementation", "layout"), donate_argnames="state"
+)
 
 
 def _rows(schedule: Schedule) -> list[Row]:
@@ -142,11 +153,13 @@ def sample(
     known: Array | None = None,
     on_step: OnStep | None = None,
     implementation: str | None = None,
+    layout: Layout | None = None,
 ) -> Array:
     """Latents [b, t, h, w, c] float32 from noise of that shape: the loop driver.
 
     start: the noise, or where an interrupted run stood, whose bits go on as if it had not been.
-    known: as velocity() has it.
+    known: as velocity() has it. layout: of the devices to spread it over; the weights lie there as
+    layout.weights() says, all else is whole on them.
     on_step(carry, steps) is called after every step; what it raises stops the loop, and it must
     copy the arrays that it wants to keep, as the next step reuses their buffers. Raises
     DivergedError naming the step whose latents are no longer finite.
@@ -154,9 +167,13 @@ def sample(
     done, state = start if isinstance(start, Carry) else (0, start)
     state = _jitted_copy(state) if isinstance(state, State) else _jitted_start(state)
     scale, rows = np.float32(guidance), _rows(schedule)
+    given: Sequence[Cond] | Cond = tuple(conds)
+    if layout is not None:
+        given = spread.place(conds, layout)
+    del conds
     for i, row in enumerate(rows[done:], start=done + 1):
         state, finite = _jitted_step(
-            dit, state, row, tuple(conds), scale, known, implementation=implementation
+            dit, state, row, given, scale, known, implementation=implementation, layout=layout
         )
         if not bool(finite):
             raise DivergedError(

@@ -1,7 +1,8 @@
-"""The mesh of a training, and where its arrays lie.
+"""One mesh for everything: its axes, and where arrays lie on it.
 
-Two axes: "data", along which devices hold the same weights, and "fsdp", along which they hold a
-share each. The rows of a batch are split over both. XLA adds what the devices tell each other.
+Axes, outermost first: "batch", videos or clips; "guidance", the two branches of classifier-free
+guidance; "ring" and "ulysses", the tokens of a video (see sequence.py). In training the rows of a
+batch are split over all of them.
 """
 
 from collections.abc import Sequence
@@ -11,19 +12,36 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp")
+BATCH, GUIDANCE, RING, ULYSSES = AXES = ("batch", "guidance", "ring", "ulysses")
 SMALL = 2**16  # elements; an array below is whole on every device, for to gather it costs more
 
 
 class Layout(NamedTuple):
-    """Where arrays lie on the devices of a mesh. small: arrays with fewer elements are whole."""
+    """Where arrays lie on the devices of a mesh.
+
+    weights_over: the axes along which devices hold a share of the weights each; along the others
+    they hold the same. small: arrays with fewer elements are whole.
+    """
 
     mesh: Mesh
+    weights_over: tuple[str, ...] = ()
     small: int = SMALL
 
+    def size(self, *axes: str) -> int:
+        """How many devices there are along these axes."""
+        return int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=np.int64))
+
+    def of_weights(self, *, split: bool) -> "Layout":
+        """The same with weights split over all devices, or whole on each."""
+        return self._replace(weights_over=AXES if split else ())
+
+    def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """How a weight of this shape is split, or its average or moments."""
+        return weight_spec(shape, self.weights_over, self.size(*self.weights_over), self.small)
+
     def weight(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Where a weight of this shape lies, or its average or moments."""
-        return NamedSharding(self.mesh, weight_spec(shape, self.mesh.shape["fsdp"], self.small))
+        """Where a weight of this shape lies."""
+        return NamedSharding(self.mesh, self.spec(shape))
 
     def weights(self, tree: Any) -> Any:
         """The same for all leaves of a tree, which have shapes."""
@@ -44,7 +62,7 @@ def make_layout(
     devices: Sequence[jax.Device] | None = None,
     small: int = SMALL,
 ) -> Layout:
-    """The layout for these devices, by default all.
+    """The layout of a training on these devices, by default all.
 
     fsdp: how many share one copy of the weights; None is all. Raises ValueError for a number that
     does not divide that of the devices.
@@ -53,13 +71,25 @@ def make_layout(
     share = len(given) if fsdp is None else fsdp
     if share < 1 or len(given) % share:
         raise ValueError(f"fsdp is {fsdp}; a divisor of the {len(given)} devices is needed")
-    return Layout(Mesh(np.array(given).reshape(-1, share), AXES), small)
+    return Layout(make_mesh(given, ulysses=share), (ULYSSES,), small)
 
 
-def weight_spec(shape: tuple[int, ...], count: int, small: int = SMALL) -> PartitionSpec:
+def make_mesh(
+    devices: Sequence[jax.Device], *, guidance: int = 1, ring: int = 1, ulysses: int = 1
+) -> Mesh:
+    """The mesh; what is left of the devices lies along "batch".
+
+    Neighbours in the list are Ulysses members, who tell each other most.
+    """
+    return Mesh(np.array(devices).reshape(-1, guidance, ring, ulysses), AXES)
+
+
+def weight_spec(
+    shape: tuple[int, ...], over: tuple[str, ...], count: int, small: int = SMALL
+) -> PartitionSpec:
     """Split along the largest axis that divides, the last of equals; whole if there is none."""
     fits = [axis for axis, size in enumerate(shape) if size % count == 0]
     if count == 1 or not fits or np.prod(shape, dtype=np.int64) < small:
         return PartitionSpec()
     chosen = max(fits, key=lambda axis: (shape[axis], axis))
-    return PartitionSpec(*("fsdp" if axis == chosen else None for axis in range(chosen + 1)))
+    return PartitionSpec(*(over if axis == chosen else None for axis in range(chosen + 1)))

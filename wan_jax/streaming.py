@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wan_jax import vae, xla
+from wan_jax import spread, vae
 from wan_jax.sampler import DivergedError
+from wan_jax.sharding import Layout
 
 Array = jax.Array
 
@@ -24,12 +25,18 @@ DECODE_CHUNK = 2
 
 
 def encode(
-    network: vae.VAE, chunks: Iterable[np.ndarray], *, dtype: str, what: str
+    network: vae.VAE,
+    chunks: Iterable[np.ndarray],
+    *,
+    dtype: str,
+    what: str,
+    layout: Layout | None = None,
 ) -> Iterator[np.ndarray]:
     """Latents [1, 1, h, w, z] float32 of a video, a latent frame at a time.
 
     chunks: float32 in -1..1, [1, 1, y, x, 3] and then [1, 4, y, x, 3] each, as
     conditioning.pixel_chunks or video_chunks give them. dtype: of the run, "bfloat16" or "float32".
+    layout: of the devices that the network lies on; None is the first device.
     Raises DivergedError, which says `what` the video is, for latents that are not finite.
     """
     config = network.config
@@ -38,10 +45,10 @@ def encode(
     for i, pixels in enumerate(chunks):
         if state is None:
             height, width = (side // config.spatial_stride for side in pixels.shape[2:4])
-            state = vae.encoder_state(config, 1, height=height, width=width)
+            state = place(vae.encoder_state(config, 1, height=height, width=width), layout)
         if pixels is not before:  # grey chunks are one array, and cross to the device once
-            placed, before = jax.device_put(pixels, jax.devices()[0]), pixels
-        latents, state = _encode_program(i == 0, dtype)(network, placed, state)
+            placed, before = place(pixels, layout), pixels
+        latents, state = _encode_program(i == 0, dtype, layout)(network, placed, state)
         found = np.asarray(latents)
         if not np.isfinite(found).all():
             raise DivergedError(f"{what}'s latents became NaN or infinite at latent frame {i}")
@@ -49,22 +56,24 @@ def encode(
 
 
 def decode(
-    network: vae.VAE, latents: Array, *, pixels: str, dtype: str
+    network: vae.VAE, latents: Array, *, pixels: str, dtype: str, layout: Layout | None = None
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Chunks of frames [b, f, y, x, 3], each with the number of latent frames that are done.
 
-    latents: float32 [b, t, h, w, z]. pixels: "uint8" or "float32". dtype: of the run. A chunk
-    crosses to the host while the next is computed. Raises DivergedError for frames that hold NaN.
+    latents: float32 [b, t, h, w, z]. pixels: "uint8" or "float32". dtype: of the run. layout: as
+    encode() has it. A chunk crosses to the host while the next is computed. Raises DivergedError
+    for frames that hold NaN.
     """
     b, count, height, width, _ = latents.shape
     chunk = max(k for k in range(1, DECODE_CHUNK + 1) if (count - 1) % k == 0)
-    state = vae.decoder_state(network.config, b, height=height, width=width)
+    state = place(vae.decoder_state(network.config, b, height=height, width=width), layout)
+    latents = place(latents, layout)
     # One image is rounded, as the reference saves it; a video is truncated, as it writes those.
     rounding = 0.5 if count == 1 else 0.0
     waiting: tuple[Array, Array, int] | None = None
     for start in (0, *range(1, count, chunk)):
         stop = 1 if start == 0 else start + chunk
-        run = _decode_program(start == 0, pixels, dtype)
+        run = _decode_program(start == 0, pixels, dtype, layout)
         # A dynamic slice: a static one would be a program of its own for every chunk.
         piece = lax.dynamic_slice_in_dim(latents, start, stop - start, axis=1)
         found, finite, state = run(network, piece, state, rounding)
@@ -82,6 +91,14 @@ def _fetch(pixels: Array, finite: Array, stop: int) -> tuple[np.ndarray, int]:
     return np.asarray(pixels), stop
 
 
+def place(tree: Any, layout: Layout | None) -> Any:
+    """Arrays whole on the devices of the layout, or on the first device.
+
+    Put there, whence jit makes one program and not two.
+    """
+    return jax.device_put(tree, jax.devices()[0]) if layout is None else layout.whole(tree)
+
+
 def _precision(dtype: str) -> lax.Precision:
     """The reference's: TF32 convolutions on NVIDIA; three bfloat16 passes are TPU's nearest."""
     if dtype == "float32":
@@ -90,24 +107,30 @@ def _precision(dtype: str) -> lax.Precision:
 
 
 @functools.cache
-def _encode_program(first: bool, dtype: str) -> Callable[..., Any]:
+def _encode_program(first: bool, dtype: str, layout: Layout | None) -> Callable[..., Any]:
     """The compiled encoder of a first or a following chunk; the state's buffers are reused."""
     encode_chunk = vae.encode_first if first else vae.encode_next
 
-    def run(network: vae.VAE, pixels: Array, state: vae.State) -> tuple[Array, vae.State]:
+    def run(
+        network: vae.VAE, pixels: Array, state: vae.State, *, fetch: None = None
+    ) -> tuple[Array, vae.State]:
+        del fetch  # the network has no stack of layers
         return encode_chunk(network, pixels, state, precision=_precision(dtype))
 
-    return xla.jit(run, donate_argnums=2)
+    return spread.program(run, layout, donate_argnums=2)
 
 
 @functools.cache
-def _decode_program(first: bool, pixels: str, dtype: str) -> Callable[..., Any]:
+def _decode_program(
+    first: bool, pixels: str, dtype: str, layout: Layout | None
+) -> Callable[..., Any]:
     """The compiled decoder of a first or a following chunk; the state's buffers are reused."""
     decode_chunk = vae.decode_first if first else vae.decode_next
 
     def run(
-        network: vae.VAE, latents: Array, state: vae.State, rounding: Array
+        network: vae.VAE, latents: Array, state: vae.State, rounding: Array, *, fetch: None = None
     ) -> tuple[Array, Array, vae.State]:
+        del fetch
         frames, state = decode_chunk(network, latents, state, precision=_precision(dtype))
         finite = jnp.all(jnp.isfinite(frames))
         if pixels == "uint8":
@@ -115,4 +138,4 @@ def _decode_program(first: bool, pixels: str, dtype: str) -> Callable[..., Any]:
             frames = jnp.minimum(levels, 255.0).astype(jnp.uint8)
         return frames, finite, state
 
-    return xla.jit(run, donate_argnums=2)
+    return spread.program(run, layout, donate_argnums=2)

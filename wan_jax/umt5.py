@@ -5,6 +5,7 @@ positions. Axes: b batch, s text tokens (q queries, k keys), d width, n heads, c
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -132,11 +133,18 @@ def _block(
     return x_bsd + linear(block.ffn.fc2, hidden)
 
 
-def encode(umt5: UMT5, ids_bs: Array, mask_bs: Array) -> Array:
+def encode(
+    umt5: UMT5,
+    ids_bs: Array,
+    mask_bs: Array,
+    *,
+    fetch: Callable[[Block], Block] | None = None,
+) -> Array:
     """Context [b, s, dim] in the dtype of the weights, zero where the mask is 0.
 
     ids_bs: int32 token ids [b, s]; mask_bs: int32 or bool [b, s], nonzero at tokens of the text and
-    its end mark. Tokens do not attend to padding; an id outside the vocabulary gives NaN.
+    its end mark. Tokens do not attend to padding; an id outside the vocabulary gives NaN. fetch:
+    brings one layer's weights to the device inside the scan.
     """
     config = umt5.config
     mask_bs = jnp.asarray(mask_bs).astype(jnp.bool_)
@@ -145,7 +153,9 @@ def encode(umt5: UMT5, ids_bs: Array, mask_bs: Array) -> Array:
     )
 
     def step(x_bsd: Array, block: Block) -> tuple[Array, None]:
-        return _block(block, x_bsd, buckets, mask_bs, config), None
+        return _block(
+            block if fetch is None else fetch(block), x_bsd, buckets, mask_bs, config
+        ), None
 
     x_bsd = jnp.take(umt5.embedding[...], ids_bs, axis=0)
     x_bsd, _ = lax.scan(step, x_bsd, umt5.layers)

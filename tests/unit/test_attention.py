@@ -1,5 +1,7 @@
 """Attention on the CPU: the chunked form against float64, and every refusal."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from tests import tolerances
 from tests.random_weights import relative_l2
 from wan_jax import attention as module
-from wan_jax.attention import attention
+from wan_jax.attention import attention, merge, partial_attention
 
 
 def draw(
@@ -108,6 +110,49 @@ def test_memory_of_the_chunked_form_does_not_hold_all_scores() -> None:
     scores = 4 * n * s * s
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary <= tolerances.ATTENTION_CHUNKED_SHARE * scores
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("cuts", [(0, 31), (0, 8, 16, 31), (0, 1, 30, 31)])
+def test_merged_shares_of_the_keys_equal_the_whole(
+    cuts: tuple[int, ...], dtype: jnp.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares of very different weight: one key is near the queries."""
+    small_chunks(monkeypatch, 2 * 3 * 8 * 5, 8)
+    q, k, v = draw(29, 31, dtype=dtype)
+    k = k.at[:, 20].set(6 * q[:, 0])
+    parts = [
+        partial_attention(q, k[:, low:high], v[:, low:high])
+        for low, high in itertools.pairwise(cuts)
+    ]
+    out = merge(parts)
+    assert out.dtype == dtype
+    assert relative_l2(out, exact(q, k, v)) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 20, 24])
+def test_keys_past_the_count_are_not_attended_to(
+    count: int, dtype: jnp.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three shares of 8 keys, of which `count` are real: the last may have none, or the first."""
+    small_chunks(monkeypatch, 2 * 3 * 8 * 5, 8)
+    q, k, v = draw(29, 24, dtype=dtype)
+    more, more_v = (jnp.full((2, 8, 3, 16), fill, dtype) for fill in (1.0, 2.0))
+
+    @jax.jit
+    def run(count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shares = [(k[:, i : i + 8], v[:, i : i + 8], jnp.clip(count - i, 0, 8)) for i in (16, 8, 0)]
+        parts = [partial_attention(q, *share, count=real) for *share, real in shares]
+        return merge([*parts, partial_attention(q, more, more_v)]), parts[-1][1]
+
+    out, weight = run(count)
+    keys, values = (
+        jnp.concatenate([k[:, :count], more], 1),
+        jnp.concatenate([v[:, :count], more_v], 1),
+    )
+    assert relative_l2(out, exact(q, keys, values)) <= BOUNDS[dtype]
+    assert weight.dtype == jnp.float32 and weight.shape == (2, 29, 3)
 
 
 def test_unknown_implementation_is_named() -> None:

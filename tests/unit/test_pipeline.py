@@ -15,7 +15,7 @@ import wan_jax
 from tests import tolerances
 from tests.random_weights import relative_l2
 from tests.unit.conftest import TINY
-from wan_jax import loading, pipeline, sampler, shipped
+from wan_jax import loading, sampler, shipped
 from wan_jax.config import NANO_T2V
 from wan_jax.noise import MAX_SEED, initial_noise
 from wan_jax.pipeline import Progress
@@ -427,4 +427,4 @@ def test_latents_are_where_the_weights_are(wan: Wan) -> None:
     """Arrays committed elsewhere would compile a second program, or fail."""
     elsewhere = jax.device_put(initial_noise(7, 1, shape=LATENTS), jax.devices()[1])
     np.testing.assert_array_equal(_latents(wan, noise=elsewhere), _latents(wan))
-    assert pipeline._commit(elsewhere).devices() == {jax.devices()[0]}
+    assert wan._put(elsewhere).devices() == {jax.devices()[0]}

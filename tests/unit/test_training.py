@@ -325,7 +325,7 @@ def test_devices_do_not_change_the_losses(
     pieces = 2 if shares == 2 else 1
     own = {"full": full, "steps": 3, "batch_size": 8, "accumulate": pieces}
     _, alone, _ = train(wan, found, tmp_path / "one", **own)
-    layout = sharding.make_layout(shares, small=64)
+    layout = sharding.make_layout(shares, devices=jax.devices()[:4], small=64)
     state, several, (_, dit) = train(wan, found, tmp_path / "four", layout=layout, **own)
     np.testing.assert_allclose(several, alone, rtol=tolerances.TRAINING_SHARDED)
     large = [leaf for leaf in jax.tree.leaves((state, dit)) if leaf.size >= 64]
@@ -337,13 +337,16 @@ def test_devices_do_not_change_the_losses(
 
 
 def test_where_weights_lie() -> None:
-    spec = sharding.weight_spec
-    assert spec((30, 1536, 8960), 4) == jax.sharding.PartitionSpec(None, None, "fsdp")
-    assert spec((30, 8960, 1536), 4) == jax.sharding.PartitionSpec(None, "fsdp")
+    def spec(shape: tuple[int, ...], count: int) -> jax.sharding.PartitionSpec:
+        return sharding.weight_spec(shape, ("ring", "ulysses"), count)
+
+    over = ("ring", "ulysses")
+    assert spec((30, 1536, 8960), 4) == jax.sharding.PartitionSpec(None, None, over)
+    assert spec((30, 8960, 1536), 4) == jax.sharding.PartitionSpec(None, over)
     assert spec((30, 1537, 8961), 4) == jax.sharding.PartitionSpec()
     assert spec((1536,), 4) == jax.sharding.PartitionSpec()
     assert spec((30, 1536, 8960), 1) == jax.sharding.PartitionSpec()
-    with pytest.raises(ValueError, match="fsdp is 3; a divisor of the 4 devices"):
+    with pytest.raises(ValueError, match="fsdp is 3; a divisor of the"):
         sharding.make_layout(3)
 
 
@@ -493,5 +496,5 @@ def test_flags_that_are_missing(data: Path, tmp_path: Path) -> None:
 
 def test_rows_that_devices_cannot_share() -> None:
     own = config.TrainConfig(**GOOD, batch_size=6)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="batch_size is 6, in 1 pieces; .*the 4 devices"):
+    with pytest.raises(ValueError, match="batch_size is 6, in 1 pieces; .*the 8 devices"):
         command._layout(own)

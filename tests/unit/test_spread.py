@@ -1,0 +1,214 @@
+"""The same video on one device and on many, whatever each of them does."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import wan_jax
+from tests import tolerances
+from tests.random_weights import random_array, relative_l2
+from tests.unit.conftest import TINY, TINY_I2V
+from wan_jax import plans, sampler, schedulers, sequence, spread
+from wan_jax.config import DiTConfig
+from wan_jax.dit import Cond, DiT
+from wan_jax.plans import Plan
+from wan_jax.sharding import AXES, RING, ULYSSES, Layout
+from wan_jax.weights import miniature, trees
+
+HEADS = 12
+CONFIG = DiTConfig(
+    dim=96, ffn_dim=128, num_heads=HEADS, num_layers=2, text_dim=16, text_len=16, freq_dim=32
+)
+# 5 x 3 x 5 tokens divide by none of these numbers of devices but 3 and 5, 2 x 6 x 4 by all but 5.
+GRIDS = {"75 tokens": (5, 6, 10), "48 tokens": (2, 12, 8)}
+PLANS = [
+    Plan(guidance=2),
+    Plan(ulysses=2),
+    Plan(ring=2),
+    Plan(ulysses=4),
+    Plan(ring=4),
+    Plan(ulysses=6),
+    Plan(ring=5),
+    Plan(guidance=2, ulysses=2),
+    Plan(guidance=2, ring=2, ulysses=2),
+    Plan(guidance=2, ulysses=4),
+    Plan(ring=2, ulysses=4),
+    Plan(ring=8),
+    Plan(batch=2, guidance=2, ulysses=2),
+]
+BATCH = 2
+
+
+def layout_of(plan: Plan, *, split: bool = False) -> Layout:
+    return plan.layout()._replace(small=64).of_weights(split=split)
+
+
+@pytest.fixture(scope="module")
+def dit() -> DiT:
+    abstract = trees.abstract(lambda: DiT(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    shapes = {name: leaf.shape for name, leaf in trees.flatten(abstract).items()}
+    return trees.fill(abstract, {k: jnp.asarray(random_array(k, v)) for k, v in shapes.items()})
+
+
+def conditions(dit: DiT, count: int) -> list[Cond]:
+    stream = np.random.RandomState(1)
+    texts = [stream.standard_normal((BATCH, 16, CONFIG.text_dim)) for _ in range(count)]
+    return [dit.prepare(jnp.asarray(text, jnp.float32)) for text in texts]
+
+
+def noise(grid: str) -> jax.Array:
+    stream = np.random.RandomState(2)
+    return jnp.asarray(stream.standard_normal((BATCH, *GRIDS[grid], 16)), jnp.float32)
+
+
+def sample(dit: DiT, grid: str, *, branches: int = 2, layout: Layout | None = None) -> jax.Array:
+    """Eight steps."""
+    schedule = schedulers.make_schedule("unipc", 8, shift=5.0)
+    start, conds = noise(grid), conditions(dit, branches)
+    if layout is not None:
+        dit, start = jax.device_put(dit, layout.weights(dit)), layout.whole(start)
+    return sampler.sample(dit, start, schedule, conds, guidance=3.0, layout=layout)
+
+
+@pytest.fixture(scope="module")
+def alone(dit: DiT) -> dict[str, jax.Array]:
+    return {grid: sample(dit, grid) for grid in GRIDS}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_every_plan_gives_the_same_latents(
+    dit: DiT, alone: dict[str, jax.Array], plan: Plan, grid: str
+) -> None:
+    found = sample(dit, grid, layout=layout_of(plan))
+    assert relative_l2(found, alone[grid]) <= tolerances.SPREAD
+
+
+@pytest.mark.parametrize("plan", [Plan(guidance=2), Plan(guidance=2, ring=2, ulysses=2)], ids=str)
+def test_split_weights_give_the_same_latents(
+    dit: DiT, alone: dict[str, jax.Array], plan: Plan
+) -> None:
+    layout = layout_of(plan, split=True)
+    placed = jax.device_put(dit, layout.weights(dit))
+    large = [leaf for leaf in jax.tree.leaves(placed) if leaf.size >= 64]
+    assert all(leaf.addressable_shards[0].data.size * plan.devices == leaf.size for leaf in large)
+    found = sample(dit, "75 tokens", layout=layout)
+    assert relative_l2(found, alone["75 tokens"]) <= tolerances.SPREAD
+
+
+@pytest.mark.parametrize("plan", [Plan(guidance=2, ulysses=2), Plan(ring=2, ulysses=2)], ids=str)
+def test_one_branch_gives_the_same_latents(dit: DiT, plan: Plan) -> None:
+    """Without guidance, on a mesh that may have devices for it."""
+    found = sample(dit, "75 tokens", branches=1, layout=layout_of(plan))
+    assert relative_l2(found, sample(dit, "75 tokens", branches=1)) <= tolerances.SPREAD
+
+
+def test_each_device_of_the_guidance_holds_its_branch_only(dit: DiT) -> None:
+    placed = spread.place(conditions(dit, 2), layout_of(Plan(guidance=2, ulysses=2)))
+    assert all(leaf.addressable_shards[0].data.shape[0] == 1 for leaf in jax.tree.leaves(placed))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 11])
+def test_a_share_and_its_join_are_each_others_reverse(tokens: int) -> None:
+    layout = layout_of(Plan(ring=2, ulysses=2))
+    share = sequence.Share(tokens, 2, 2)
+    x = jnp.arange(3 * tokens, dtype=jnp.float32).reshape(3, tokens)
+
+    def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = share.take(x, axis=1)
+        assert own.shape == (3, share.rows)
+        return own, share.join(own, axis=1)
+
+    out = (PartitionSpec(None, (RING, ULYSSES)), PartitionSpec())
+    mapped = jax.shard_map(
+        run, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=out, check_vma=False
+    )
+    owned, joined = jax.jit(mapped)(x)
+    np.testing.assert_array_equal(joined, x)
+    np.testing.assert_array_equal(owned[:, :tokens], x)
+    assert not np.any(owned[:, tokens:])
+
+
+# The whole pipeline
+
+
+@pytest.fixture(scope="module", params=["t2v", "i2v"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("twelve") / request.param
+    base = {"t2v": TINY, "i2v": TINY_I2V}[request.param]
+    own = dataclasses.replace(base.dit, dim=96, num_heads=HEADS)
+    miniature.write(path, config=dataclasses.replace(base, dit=own), seed=4)
+    return path
+
+
+def test_a_video_on_eight_devices_is_that_of_one(source: Path, tmp_path: Path) -> None:
+    choice: dict[str, object] = {"steps": 8, "seed": 3, "size": (48, 32)}
+    if source.name == "i2v":
+        stream = np.random.RandomState(5)
+        choice |= {"image": stream.randint(0, 256, (32, 48, 3)).astype(np.uint8), "fit": "crop"}
+    own = {"dtype": "float32", "cache_dir": tmp_path}
+    wan = wan_jax.load(source, **own)
+    plan = plans.choose(8, heads=HEADS, branches=2, dit_fsdp=True, t5_fsdp=True)
+    assert (plan.guidance, plan.ulysses) == (2, 4)
+    several = wan_jax.load(source, plan=plan, **own)
+    expected, found = (w.generate("a cat", output="latents", **choice) for w in (wan, several))
+    assert relative_l2(found, expected) <= tolerances.SPREAD
+    frames, others = (
+        np.concatenate(list(w.decode(expected, dtype="float32")), 1) for w in (wan, several)
+    )
+    np.testing.assert_allclose(others, frames, atol=tolerances.SPREAD)
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("devices", "heads", "branches", "expected"),
+    [
+        (8, 12, 2, Plan(guidance=2, ulysses=4)),
+        (8, 12, 1, Plan(ring=2, ulysses=4)),
+        (16, 40, 2, Plan(guidance=2, ulysses=8)),
+        (64, 40, 2, Plan(guidance=2, ring=4, ulysses=8)),
+        (3, 12, 2, Plan(ulysses=3)),
+        (5, 12, 2, Plan(ring=5)),
+        (1, 12, 2, Plan()),
+    ],
+)
+def test_plans_are_chosen(devices: int, heads: int, branches: int, expected: Plan) -> None:
+    assert plans.choose(devices, heads=heads, branches=branches) == expected
+
+
+@pytest.mark.parametrize("devices", range(1, 65))
+def test_every_number_of_devices_has_a_plan(devices: int) -> None:
+    for heads in (12, 40):
+        plan = plans.choose(devices, heads=heads, branches=2)
+        assert plan.devices == devices and heads % plan.ulysses == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"ulysses": 8}, "ulysses_size 8 cannot be had with the 12 heads; .*ulysses_size 4"),
+        ({"ring": 3}, "ring_size 3 cannot be had with 8 devices; .*ring_size 4"),
+        ({"ulysses": 2, "ring": 8}, "cannot be had with 8 devices; the nearest is"),
+        ({"ulysses": 0}, "ulysses_size is 0; a positive number"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plans.choose(8, heads=12, branches=2, **sizes)
+
+
+def test_a_plan_for_more_devices_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="for 16 devices; there are 8"):
+        Plan(ulysses=16).layout()
+
+
+def test_axes_are_in_their_order() -> None:
+    assert Plan(batch=1, guidance=2, ring=2, ulysses=2).layout().mesh.axis_names == AXES

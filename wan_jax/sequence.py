@@ -1,0 +1,89 @@
+"""The tokens of one video spread over devices: what runs inside shard_map.
+
+Ring member r and Ulysses member u hold run r * ulysses + u of as many equal runs of tokens as there
+are devices; the last runs are padded. All but self-attention knows single tokens and needs no other
+device. For self-attention, Ulysses members trade tokens for heads (DeepSpeed-Ulysses, Jacobs et al.
+2023), after which each holds the ring member's tokens for a share of the heads; the keys and values
+of the ring's members then go round (Ring Attention, Liu et al. 2023). Padding is not attended to.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wan_jax.attention import attention, merge, partial_attention
+from wan_jax.sharding import RING, ULYSSES
+
+Array = jax.Array
+_BOTH = (RING, ULYSSES)
+
+
+class Share(NamedTuple):
+    """A device's share of `tokens` tokens, in a ring and in groups of so many devices."""
+
+    tokens: int
+    ring: int
+    ulysses: int
+
+    @property
+    def rows(self) -> int:
+        """Tokens on each device, padding included."""
+        return -(-self.tokens // (self.ring * self.ulysses))
+
+    def take(self, x: Array, *, axis: int) -> Array:
+        """This device's rows of the tokens along an axis; padding is zero."""
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, self.rows * self.ring * self.ulysses - self.tokens)
+        start = lax.axis_index(_BOTH) * self.rows
+        return lax.dynamic_slice_in_dim(jnp.pad(x, widths), start, self.rows, axis)
+
+    def join(self, x: Array, *, axis: int) -> Array:
+        """All tokens along an axis, on every device."""
+        whole = lax.all_gather(x, _BOTH, axis=axis, tiled=True)
+        return lax.slice_in_dim(whole, 0, self.tokens, axis=axis)
+
+    def attention(
+        self, q_blnk: Array, k_blnk: Array, v_blnk: Array, *, implementation: str | None = None
+    ) -> Array:
+        """Self-attention among all tokens, of and for this device's rows [b, l, n, k].
+
+        The heads must be a multiple of the Ulysses members.
+        """
+        q, k, v = (self._heads(x) for x in (q_blnk, k_blnk, v_blnk))
+        if self.ring > 1:
+            out = self._around(q, k, v, implementation)
+        else:
+            # The queries of padding stay; what they give is cut by join().
+            out = attention(
+                q, k[:, : self.tokens], v[:, : self.tokens], implementation=implementation
+            )
+        return self._tokens(out)
+
+    def _heads(self, x: Array) -> Array:
+        """Rows of all heads -> the ring member's rows of a share of the heads."""
+        if self.ulysses == 1:
+            return x
+        return lax.all_to_all(x, ULYSSES, split_axis=2, concat_axis=1, tiled=True)
+
+    def _tokens(self, x: Array) -> Array:
+        """Back again."""
+        if self.ulysses == 1:
+            return x
+        return lax.all_to_all(x, ULYSSES, split_axis=1, concat_axis=2, tiled=True)
+
+    def _around(self, q: Array, k: Array, v: Array, implementation: str | None) -> Array:
+        """Attention to the keys of every ring member, which each passes on to the next."""
+        steps = [(r, (r + 1) % self.ring) for r in range(self.ring)]
+        rows, padded = k.shape[1], self.rows * self.ring * self.ulysses > self.tokens
+        own, parts = lax.axis_index(RING), []
+        for i in range(self.ring):
+            # The next are under way while these are worked on.
+            coming = lax.ppermute((k, v), RING, steps) if i + 1 < self.ring else (k, v)
+            count = None
+            if padded:
+                count = jnp.clip(self.tokens - (own - i) % self.ring * rows, 0, rows)
+            parts.append(partial_attention(q, k, v, count=count, implementation=implementation))
+            k, v = coming
+        return merge(parts)

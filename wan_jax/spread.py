@@ -1,0 +1,173 @@
+"""Networks on many devices: branches, tokens and weights spread over a mesh.
+
+One shard_map holds a whole network, so that what devices tell each other is written here and in
+sequence.py and nowhere else. Weights of which devices hold a share each are gathered when they are
+needed: those of the stack layer by layer. Latents are whole on every device of a video; they are
+small.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from wan_jax import xla
+from wan_jax.dit import Cond, DiT
+from wan_jax.sequence import Share
+from wan_jax.sharding import BATCH, GUIDANCE, RING, ULYSSES, Layout
+
+Array = jax.Array
+Fetch = Callable[[Any], Any]  # makes the weights of one layer of a stack whole
+_WHOLE, _ROWS = PartitionSpec(), PartitionSpec(BATCH)
+_STACK = "layers"  # in every network that has one
+
+
+def program(
+    function: Callable[..., Any], layout: Layout | None, **arguments: Any
+) -> Callable[..., Any]:
+    """xla.jit(function, **arguments), with a layout computed by every device of it alike.
+
+    function: of a network, whose weights lie as layout.weights() says, and of arrays, which are
+    whole. It lets its keyword `fetch`, where that is not None, bring every layer of the stack.
+    """
+    if layout is None:
+        return xla.jit(function, **arguments)
+
+    @functools.wraps(function)
+    def everywhere(network: Any, *arrays: Any) -> Any:
+        weights = _Weights(network, layout)
+
+        def run(leaves: Sequence[Array], arrays: Sequence[Any]) -> Any:
+            found, fetch = weights.gather(leaves)
+            return function(found, *arrays, fetch=fetch)
+
+        return _map(run, layout, (weights.specs, _WHOLE), _WHOLE)(weights.leaves, arrays)
+
+    return xla.jit(everywhere, **arguments)
+
+
+def lies_on(network: Any, layout: Layout | None) -> bool:
+    """Whether this is where the network's weights are."""
+    leaf = jax.tree.leaves(network)[0]
+    return layout is not None and leaf.sharding.device_set == set(layout.mesh.devices.flat)
+
+
+def place(conds: Sequence[Cond], layout: Layout) -> Cond:
+    """The conditions of the branches, positive first, for velocity(): [branches, i, b, s, n, k].
+
+    Where the mesh has devices for the guidance, each holds its branch only.
+    """
+    where = NamedSharding(layout.mesh, _of_branches(len(conds), layout))
+    return jax.tree.map(lambda *leaves: jax.device_put(jnp.stack(leaves), where), *conds)
+
+
+def velocity(
+    dit: DiT,
+    x: Array,
+    t: Array | float,
+    conds: Cond,
+    guidance: Array,
+    *,
+    layout: Layout,
+    known: Array | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """sampler.velocity() with weights that lie as layout.weights() says, and conds of place().
+
+    The number of videos must be a multiple of the devices along "batch", that of heads one of those
+    along "ulysses"; tokens need not divide.
+    """
+    weights = _Weights(dit, layout)
+    branches = _of_branches(jax.tree.leaves(conds)[0].shape[0], layout)
+    given = [x] if known is None else [x, jnp.broadcast_to(known, (*x.shape[:-1], known.shape[-1]))]
+
+    def run(leaves: Sequence[Array], t: Array, *arguments: Any) -> Array:
+        network, fetch = weights.gather(leaves)
+        run = functools.partial(network, implementation=implementation, fetch=fetch)
+        return _velocity(run, dit.config.patch_size, layout, branches, t, *arguments)
+
+    specs = (weights.specs, _WHOLE, branches, _WHOLE, [_ROWS] * len(given))
+    mapped = _map(run, layout, specs, _ROWS)
+    return mapped(weights.leaves, jnp.asarray(t, jnp.float32), conds, guidance, given)
+
+
+def _map(run: Callable[..., Any], layout: Layout, specs: Any, out: Any) -> Callable[..., Any]:
+    # The check cannot see that what was gathered is the same everywhere.
+    return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=out, check_vma=False)
+
+
+def _of_branches(count: int, layout: Layout) -> PartitionSpec:
+    """How [branches, layers, b, ...] lies: a branch each if there are devices for two."""
+    apart = count == 2 and layout.size(GUIDANCE) == 2
+    return PartitionSpec(GUIDANCE if apart else None, None, BATCH)
+
+
+def _velocity(
+    run: Callable[..., Array],
+    patch: tuple[int, ...],
+    layout: Layout,
+    branches: PartitionSpec,
+    t: Array,
+    conds: Cond,
+    guidance: Array,
+    given: Sequence[Array],
+) -> Array:
+    """What one device computes: its videos, its tokens, its branches."""
+    x = jnp.concatenate(given, -1)
+    tokens = math.prod(x.shape[1:4]) // math.prod(patch)
+    share = Share(tokens, layout.size(RING), layout.size(ULYSSES))
+    t_b = jnp.full((x.shape[0],), t, jnp.float32)
+    found: list[Array] = []
+    for i in range(jax.tree.leaves(conds)[0].shape[0]):
+        if found:  # the activations of one branch shall not live beside those of the other
+            x, found[0] = lax.optimization_barrier((x, found[0]))
+        found.append(run(x, t_b, jax.tree.map(lambda leaf, i=i: leaf[i], conds), share=share))
+    both = jnp.stack(found)
+    if branches[0] is not None:
+        both = lax.all_gather(both, GUIDANCE, tiled=True)
+    if both.shape[0] == 1:
+        return both[0]
+    return both[1] + guidance * (both[0] - both[1])
+
+
+class _Weights:
+    """The weights of a network as a list, with how each is split."""
+
+    def __init__(self, network: Any, layout: Layout) -> None:
+        found, self._tree = jax.tree.flatten_with_path(network)
+        self.leaves = [leaf for _, leaf in found]
+        self.specs = [layout.spec(leaf.shape) for leaf in self.leaves]
+        self._in_stack = [getattr(keys[0], "name", None) == _STACK for keys, _ in found]
+
+    def gather(self, leaves: Sequence[Array]) -> tuple[Any, Fetch | None]:
+        """Inside shard_map: the network, whole but for its stack, and what fetches a layer."""
+        items = list(zip(leaves, self.specs, self._in_stack, strict=True))
+        network = jax.tree.unflatten(
+            self._tree,
+            [leaf if later else _whole(leaf, tuple(spec)) for leaf, spec, later in items],
+        )
+        # A layer's arrays have no axis of layers.
+        of_layer = [tuple(spec)[1:] for _, spec, later in items if later]
+        if not any(of_layer):
+            return network, None
+
+        def fetch(layer: Any) -> Any:
+            own, tree = jax.tree.flatten(layer)
+            return jax.tree.unflatten(
+                tree, [_whole(*pair) for pair in zip(own, of_layer, strict=True)]
+            )
+
+        return network, fetch
+
+
+def _whole(leaf: Array, spec: tuple[Any, ...]) -> Array:
+    """A weight of which devices hold a share each, on all of them."""
+    for axis, names in enumerate(spec):
+        if names is not None:
+            leaf = lax.all_gather(leaf, names, axis=axis, tiled=True)
+    return leaf
