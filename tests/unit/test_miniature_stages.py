@@ -1,7 +1,9 @@
 """Every stage of the miniature's training, with networks and clips that are much smaller."""
 
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from wan_jax import vae
 from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from wan_jax.tokenizer import write_byte_tokenizer
-from wan_jax.training import metrics
+from wan_jax.training import loop, metrics
 from wan_jax.training.miniature import (
     autoencoder,
     captions,
@@ -21,6 +23,7 @@ from wan_jax.training.miniature import (
     world,
 )
 from wan_jax.training.miniature.render import render
+from wan_jax.training.step import State
 
 SIZES = ((48, 32),)
 PHASES = (
@@ -73,16 +76,15 @@ def out(small: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("out")
     write_byte_tokenizer(out / "tokenizer", vocab_size=384)
     autoencoder.train(out, seed=0, phases=PHASES)
-    for stage, recipe in transformer.RECIPES.items():
-        transformer.train(
-            stage,
-            out,
-            seed=0,
-            recipe=recipe._replace(
-                steps=3, stills=1 if recipe.stills else 0, clips=16, batch_size=4
-            ),
-        )
+    for stage in transformer.RECIPES:
+        transformer.train(stage, out, seed=0, recipe=small_recipe(stage))
     return out
+
+
+def small_recipe(stage: str) -> transformer.Recipe:
+    recipe = transformer.RECIPES[stage]
+    stills = 1 if recipe.stills else 0
+    return recipe._replace(steps=3, stills=stills, clips=16, batch_size=4)
 
 
 def test_every_stage_writes_what_learned(out: Path) -> None:
@@ -92,6 +94,32 @@ def test_every_stage_writes_what_learned(out: Path) -> None:
     for stage, steps in runs.items():
         lines = metrics.read(out / stage / metrics.FILE)
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
+
+
+def test_a_phase_goes_on_only_from_the_weights_it_began_with(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(out / "vae", tmp_path / "vae")
+    monkeypatch.setattr(autoencoder, "finish", lambda *_: None)
+    autoencoder.train(tmp_path, seed=0, phases=PHASES)  # all is there
+    run = loop.run
+
+    def other(*arguments: Any, **options: Any) -> State:
+        state = run(*arguments, **options)
+        return state._replace(ema={"vae": {k: v + 1 for k, v in state.ema["vae"].items()}})
+
+    monkeypatch.setattr(loop, "run", other)
+    wrong = "settle/checkpoints is of a training with inputs = .*draw"
+    with pytest.raises(ValueError, match=wrong):
+        autoencoder.train(tmp_path, seed=0, phases=PHASES)
+
+
+def test_a_stage_goes_on_only_with_the_tokenizer_it_began_with(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ValueError, match="t2v/checkpoints is of a training with inputs = .*token"):
+        transformer.train("t2v", tmp_path, seed=0, recipe=small_recipe("t2v"))
 
 
 def test_latents_are_normalised_by_what_was_measured(out: Path) -> None:

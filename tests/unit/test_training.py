@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from flax import nnx
 import wan_jax
 from tests import tolerances
 from tests.random_weights import relative_l2
+from tests.unit.conftest import TINY
 from tests.unit.test_cli import ROOT
 from tests.unit.test_lora import KINDS, factors, network
 from tests.unit.test_media import pattern
@@ -35,7 +37,7 @@ from wan_jax.training.lora import LoraConfig
 from wan_jax.training.optimizer import OptimizerConfig
 from wan_jax.training.step import State
 from wan_jax.weights import lora as lora_weights
-from wan_jax.weights import trees
+from wan_jax.weights import miniature, trees
 from wan_jax.weights.lora import Lora
 
 Wan = wan_jax.Wan
@@ -454,15 +456,70 @@ def test_a_result_of_another_training_is_not_taken_for_this_one(
     source = wan_jax.loading.prepare(sources["t2v"], dtype="float32", cache_dir=tiny_cache)
     file = configured(tmp_path / "c.py")
     given = (*_given(file, data, tmp_path), "--ckpt_dir", str(sources["t2v"]))
-    own = command._json(plan(*given).config)
+    own = {"config": command._json(plan(*given).config), "dtype": "bfloat16"}
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / results.CHECKPOINT
-    results.write_checkpoint(path, source, trained, state, about={"config": own})
+    results.write_checkpoint(path, source, trained, state, about=own)
     configured(file, checkpoint_every=7)  # changes no weight
     plan(*given)
     configured(file, batch_size=2)
     with pytest.raises(ValueError, match="checkpoint comes of another training: batch_size differ"):
         plan(*given)
+    configured(file)
+    with pytest.raises(ValueError, match="training: dtype differ; choose another --out, or delete"):
+        plan(*given, "--dtype", "float32")
+
+
+def executed(*arguments: str) -> None:
+    values = flags.FlagValues()
+    command.define_flags(values)
+    values(["train", *arguments])
+    command.execute(values, command.make_plan(values))
+
+
+def test_a_finished_result_is_kept_only_of_the_same_data_and_checkpoint(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, clips = tmp_path / "source", tmp_path / "data"
+    miniature.write(source, config=TINY, seed=1)
+    shutil.copytree(data, clips)
+    file = configured(tmp_path / "c.py", steps=1, batch_size=4, warmup_steps=0, fps=16)
+    given = [*_given(file, clips, tmp_path), "--ckpt_dir", str(source)]
+    given += ["--cache_dir", str(tmp_path / "cache")]
+    executed(*given)
+    manifest = tmp_path / "out" / results.CHECKPOINT / "manifest.json"
+    about = json.loads(manifest.read_text())["parts"]["dit"]["trained"]
+    assert about["dtype"] == "bfloat16" and about["data"]["examples"] == 2
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command.checkpoint, "restore", never)  # the source's weights
+        executed(*given)
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    monkeypatch.setattr(command, "_train", never)
+    listing = clips / "metadata.jsonl"
+    text = listing.read_text()
+    listing.write_text(text.replace("red", "blue"))
+    with pytest.raises(ValueError, match=f"{manifest.parent} comes of another .*: data differ; ch"):
+        executed(*given)
+    listing.write_text(text)
+    shutil.rmtree(source)
+    miniature.write(source, config=TINY, seed=2)
+    monkeypatch.setattr(cache, "build", never)
+    with pytest.raises(ValueError, match="training: checkpoint differ; choose another --out"):
+        executed(*given)
+
+
+@pytest.mark.parametrize("kind", ["i2v", "flf2v"])
+def test_single_frames_are_no_data_for_a_checkpoint_that_takes_images(
+    sources: dict[str, Path], data: Path, tmp_path: Path, kind: str
+) -> None:
+    file = configured(tmp_path / "c.py", frames=1)
+    with pytest.raises(ValueError, match=r"c\.py: frames is 1, only the image .* needs 5 or more"):
+        plan(*_given(file, data, tmp_path), "--ckpt_dir", str(sources[kind]))
+    plan(*_given(file, data, tmp_path), "--ckpt_dir", str(sources["t2v"]))
 
 
 class _Video:

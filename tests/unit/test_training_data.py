@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -370,7 +372,7 @@ def test_what_images_tell_is_what_generation_is_told(
     wan = request.getfixturevalue(kind)
     built = _build(wan, data)
     assert [entry.name for entry in built.entries] == ["a.mp4", "b.mp4"]
-    assert "c.png: one frame, which is also the image" in built.skipped["c.png"]
+    assert "c.png is one frame, which is also the image" in built.skipped["c.png"]
     for entry in built.entries:
         clip = _clip(data / entry.name)
         last = clip[-1] if kind == "flf2v" else None
@@ -383,6 +385,26 @@ def test_what_images_tell_is_what_generation_is_told(
         assert set(tensors) == set(CONTENTS)
         np.testing.assert_array_equal(tensors["known"], known.channels[0])
         np.testing.assert_array_equal(tensors["tokens"], known.tokens[0])
+
+
+def test_an_image_that_an_earlier_release_encoded_is_left_out(i2v: Wan, data: Path) -> None:
+    built = _build(i2v, data)
+    content = hashlib.sha256((data / "c.png").read_bytes()).hexdigest()
+    key = cache._digest(i2v, content, ("Noise.",), SIZE, 1, None)
+    shutil.copyfile(built.entries[0].path, built.folder / f"{key}.safetensors")
+    again = _build(i2v, data)
+    assert again.entries == built.entries and again.skipped == built.skipped
+    lines = (built.folder / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file_name"] for line in lines] == ["c.png"]
+
+
+def test_one_frame_is_no_video_of_an_image(i2v: Wan, data: Path, counts: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"frames is 1, only the image .* needs 5 or more"):
+        _build(i2v, data, frames=1)
+    examples = [Example(data / "c.png", ("Noise.",), "c.png")]
+    with pytest.raises(ValueError, match=r"none of 1 examples can be used: .*c\.png is one frame"):
+        cache.build(i2v, examples, folder=data.parent / "cache", size=SIZE, frames=FRAMES)
+    assert not counts
 
 
 def test_states_keep_the_dtype_of_the_run(

@@ -1,6 +1,7 @@
 """The training loop on a problem small enough to know the answer of."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from wan_jax.sampler import DivergedError
 from wan_jax.training import flow, metrics
-from wan_jax.training.loop import LoopConfig, run
+from wan_jax.training.loop import LoopConfig, Unread, run
 from wan_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from wan_jax.training.step import Params, State, make_state, make_step
 
@@ -128,6 +129,104 @@ def test_a_batch_that_cannot_be_made_loses_nothing(
 
     state = run(params(), loss, watched, tmp_path, optimizer=OPTIMIZER, loop=LOOP)
     assert first[0] == 7 and same(state, whole[1])
+
+
+def steps(out: Path) -> list[int]:
+    """Of the checkpoints."""
+    return sorted(int(p.name) for p in (out / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes no metrics."""
+    begin = metrics.Metrics.__init__
+
+    def full(self: metrics.Metrics, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        self._file.close()
+        self._file = open("/dev/full", "w")  # noqa: SIM115
+
+    monkeypatch.setattr(metrics.Metrics, "__init__", full)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_disk_without_room_for_metrics_keeps_the_checkpoint(tmp_path: Path) -> None:
+    def failing(step: int) -> Any:
+        if step == 3:
+            raise ValueError("no such clip")
+        return batches(step)
+
+    told: list[int] = []
+
+    def on_checkpoint(state: State) -> None:
+        told.append(int(state.step))
+        raise OSError("no room for this one either")
+
+    rare = LoopConfig(seed=3, log_every=100, checkpoint_every=0)
+    options: dict[str, Any] = {"optimizer": OPTIMIZER, "on_checkpoint": on_checkpoint}
+    with pytest.raises(ValueError, match="no such clip"):
+        run(params(), loss, failing, tmp_path / "a", loop=rare, **options)
+    assert steps(tmp_path / "a") == told == [3]
+    with pytest.raises(OSError, match="No space left"):
+        run(params(), loss, batches, tmp_path / "b", loop=LOOP, **options)
+    assert steps(tmp_path / "b") == [2] and told == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("on_report", 2), ("on_checkpoint", 4), ("on_sample", 3)]
+)
+def test_a_callback_that_fails_keeps_the_checkpoint(
+    whole: tuple[Path, State], tmp_path: Path, name: str, wanted: int
+) -> None:
+    told: list[Any] = []
+
+    def fail(given: Any) -> None:
+        told.append(given)
+        raise RuntimeError("not now")
+
+    loop = LoopConfig(seed=3, log_every=2, checkpoint_every=4, sample_every=3)
+    options: dict[str, Any] = {"optimizer": OPTIMIZER, "loop": loop}
+    with pytest.raises(RuntimeError, match="not now"):
+        run(params(), loss, batches, tmp_path, **options, **{name: fail})
+    assert steps(tmp_path) == [wanted] and len(told) == 1
+    state = run(params(), loss, batches, tmp_path, **options)
+    assert same(state, whole[1]) and lines(tmp_path) == lines(whole[0])
+
+
+def test_a_stop_does_not_wait_for_a_batch_that_is_being_made(tmp_path: Path) -> None:
+    needed, made = threading.Event(), threading.Event()
+
+    def slow(step: int) -> Any:
+        if step == 1:
+            needed.wait(20)
+            made.set()
+        return batches(step)
+
+    try:
+        state = run(
+            params(), loss, slow, tmp_path, optimizer=OPTIMIZER, loop=LOOP, stop=lambda: True
+        )
+        assert int(state.step) == 1 and not made.is_set()
+    finally:
+        needed.set()
+
+
+def test_weights_are_read_only_where_there_is_no_checkpoint(
+    whole: tuple[Path, State], tmp_path: Path
+) -> None:
+    reads: list[int] = []
+
+    def read() -> Params:
+        reads.append(1)
+        return params()
+
+    unread = Unread(jax.eval_shape(params), read)
+    ends = iter((False, False, True))
+    options: dict[str, Any] = {"optimizer": OPTIMIZER, "loop": LOOP}
+    run(unread, loss, batches, tmp_path, stop=lambda: next(ends), **options)
+    assert reads == [1]
+    state = run(unread, loss, batches, tmp_path, **options)
+    assert reads == [1] and same(state, whole[1])
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path: Path) -> None:

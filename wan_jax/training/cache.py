@@ -13,13 +13,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from wan_jax import ffmpeg, files, tokenizer
+from wan_jax import ffmpeg, files, request, tokenizer
+from wan_jax.config import WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
-from wan_jax.request import latent_shape, make_request
 from wan_jax.sampler import DivergedError
 from wan_jax.training import entries
 from wan_jax.training.dataset import Example, is_image, read_clip, summary
@@ -121,6 +121,21 @@ def build(
 # What there is to do
 
 
+def latent_shape(wan: WanConfig, *, size: Any, frames: Any) -> tuple[int, ...]:
+    """(t, h, w, c) of the latents of a clip; ValueError for a size or frames that cannot be.
+
+    A checkpoint that takes images learns nothing of one frame, which is the image itself.
+    """
+    found = request.latent_shape(wan, size=size, frames=frames)
+    if wan.images and found[0] == 1:
+        least = 1 + wan.vae.temporal_stride
+        raise ValueError(
+            f"frames is {frames}, only the image that a video begins with; a checkpoint that takes "
+            f"images needs {least} or more"
+        )
+    return found
+
+
 def _jobs(
     wan: Wan,
     examples: Sequence[Example],
@@ -133,6 +148,12 @@ def _jobs(
     jobs = []
     for example in _counted("read", examples, callback):
         own = settings._replace(frames=1) if is_image(example.path) else settings
+        if is_image(example.path) and wan.config.images:
+            skipped[example.name] = (
+                f"{example.path} is one frame, which is also the image that it would begin with; "
+                "a checkpoint that takes images needs videos"
+            )
+            continue
         try:
             with example.path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -210,12 +231,8 @@ def _pixels(wan: Wan, job: _Job) -> dict[str, np.ndarray]:
     clip = read_clip(job.example.path, **job.settings._asdict())
     tensors = {}
     if wan.config.images:
-        if len(clip) == 1:
-            raise ValueError(
-                "one frame, which is also the image that it would begin with: a video is needed"
-            )
         # As generate() would for these images: at the size of the video, "crop" changes nothing.
-        request = make_request(
+        asked = request.make_request(
             wan.config,
             job.example.captions[0],
             image=clip[0],
@@ -224,8 +241,8 @@ def _pixels(wan: Wan, job: _Job) -> dict[str, np.ndarray]:
             size=job.settings.size,
             frames=job.settings.frames,
         )
-        tensors[KNOWN] = wan.encode_known(request)[0]
-        tensors[_VIEWS] = np.stack([frame.view for frame in request.images])
+        tensors[KNOWN] = wan.encode_known(asked)[0]
+        tensors[_VIEWS] = np.stack([frame.view for frame in asked.images])
     tensors[LATENTS] = wan.encode_video(clip)[0]
     return tensors
 

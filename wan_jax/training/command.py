@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from wan_jax import loading, request, runner, sharding, shipped
+from wan_jax import loading, runner, sharding, shipped
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.config import WanConfig
 from wan_jax.pipeline import Wan
@@ -35,7 +35,7 @@ from wan_jax.training.dataset import Example, read_listing
 from wan_jax.training.entries import Cache
 from wan_jax.training.finetune import Beside, Frozen, Full, Trained
 from wan_jax.training.flow import FlowConfig
-from wan_jax.training.loop import LoopConfig, Report, run
+from wan_jax.training.loop import LoopConfig, Report, Unread, run
 from wan_jax.training.lora import LoraConfig
 from wan_jax.training.optimizer import OptimizerConfig
 from wan_jax.training.step import Params, State
@@ -44,6 +44,7 @@ from wan_jax.weights.sources import abstract_part
 
 NAME = "wan_jax.training"
 ADVICE = "the same command goes on from there"
+_KEPT = ("checkpoint", "dtype", "data")  # facts that the result tells beside the configuration
 _FRESH = np.uint32(2**32 - 1)  # what the first factors are drawn with; no step has this number
 
 
@@ -67,7 +68,7 @@ class _Model(NamedTuple):
     """What is trained, from what, and what the loss reads beside it."""
 
     trained: Trained
-    params: Params
+    params: Params | Unread
     frozen: Frozen
 
 
@@ -136,7 +137,8 @@ def make_plan(values: flags.FlagValues) -> Plan:
         raise ValueError(f"--config {values.config}: {error}") from error
     plan = Plan(settings, network, source, examples, requests, out, encoded)
     if not settings.lora_rank:
-        results.check_free(_result(plan), _json(settings))
+        known = {"config": _json(settings), "dtype": values.dtype}
+        results.check_free(_result(plan), known)
     return plan
 
 
@@ -149,7 +151,7 @@ def _checked(settings: TrainConfig, network: WanConfig) -> tuple[TrainConfig, li
         frames=settings.frames or own.frames,
         fps=settings.fps or own.fps,
     )
-    request.latent_shape(network, size=settings.size, frames=settings.frames)
+    cache.latent_shape(network, size=settings.size, frames=settings.frames)
     if settings.lora_rank:
         lora.paths(network.dit, settings.lora_targets)
     return settings, samples.requests(settings, network)
@@ -199,11 +201,12 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         plan.source, dtype=values.dtype, cache_dir=values.cache_dir, callback=report, notify=say
     )
     wan = loading.load(source, dtype=values.dtype, offload=True, text_on_cpu=values.t5_cpu)
-    if not plan.config.lora_rank:
+    own = plan.config
+    if not own.lora_rank:
+        results.check_free(_result(plan), {"checkpoint": wan.digest})
         leaves = trees.flatten(abstract_part(wan.config.dit, jnp.dtype(values.dtype))).values()
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         derived.check(source, plan.out / results.CHECKPOINT, size)
-    own = plan.config
     assert own.size is not None and own.frames is not None and own.fps is not None
     found = cache.build(
         wan,
@@ -215,9 +218,11 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         callback=report,
         notify=say,
     )
-    fps = plan.config.fps
-    maker = samples.Samples(wan, plan.requests, plan.out, fps=fps, callback=report, notify=say)
     facts = _facts(plan, wan, found)
+    about = {"config": _json(own), **{name: facts[name] for name in _KEPT}}
+    if not own.lora_rank:
+        results.check_free(_result(plan), about)
+    maker = samples.Samples(wan, plan.requests, plan.out, fps=own.fps, callback=report, notify=say)
     with Batches(found, batch_size=own.batch_size, seed=own.seed) as batches:
         model = _model(plan, source, wan, values.dtype, layout, batches.null)
 
@@ -227,7 +232,6 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
                 results.write_lora(_result(plan), state, part, naming=values.lora_naming)
             elif int(state.step) == own.steps:
                 assert isinstance(model.trained, Full)
-                about = {"config": _json(own), "data": facts["data"]}
                 results.write_checkpoint(_result(plan), source, model.trained, state, about=about)
 
         write(_train(values, plan, model, batches, maker, layout, facts, write))
@@ -253,16 +257,22 @@ def _fresh(own: TrainConfig, network: WanConfig) -> dict[str, jax.Array]:
 def _model(
     plan: Plan, source: Any, wan: Wan, dtype: str, layout: Layout, null: np.ndarray
 ) -> _Model:
-    """What is trained, on the devices."""
+    """What is trained; all weights are read only if there is no checkpoint that holds them."""
     own, empty = plan.config, layout.whole(null)
-    kept = dtype if own.lora_rank else "float32"
-    dit = checkpoint.restore(source, "dit", wan.config, dtype=kept, sharding=layout.weight)
+
+    def dit(kind: str) -> Any:
+        return checkpoint.restore(source, "dit", wan.config, dtype=kind, sharding=layout.weight)
+
     if not own.lora_rank:
-        params = {finetune.FULL: trees.flatten(dit)}
-        return _Model(Full(wan.config.dit, jnp.dtype(dtype)), params, Frozen(empty))
+        shapes = trees.flatten(abstract_part(wan.config.dit, jnp.dtype(jnp.float32)))
+        trained = Full(wan.config.dit, jnp.dtype(dtype))
+        params = Unread(
+            {finetune.FULL: shapes}, lambda: {finetune.FULL: trees.flatten(dit("float32"))}
+        )
+        return _Model(trained, params, Frozen(empty))
     factors = _fresh(own, wan.config)
-    params = {finetune.LORA: jax.device_put(factors, layout.weights(factors))}
-    return _Model(Beside(own.part(LoraConfig).scale), params, Frozen(empty, dit))
+    placed = {finetune.LORA: jax.device_put(factors, layout.weights(factors))}
+    return _Model(Beside(own.part(LoraConfig).scale), placed, Frozen(empty, dit(dtype)))
 
 
 def _train(

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,8 +57,15 @@ class Report(NamedTuple):
     seconds: float
 
 
+class Unread(NamedTuple):
+    """Weights that are read only if there is no checkpoint. shapes: of what read() gives."""
+
+    shapes: Params
+    read: Callable[[], Params]
+
+
 def run(
-    params: Params,
+    params: Params | Unread,
     loss: Loss,
     batches: Batches,
     out: Path,
@@ -71,7 +79,7 @@ def run(
     tensorboard: bool = False,
     on_report: Callable[[Report], None] | None = None,
     on_checkpoint: Callable[[State], None] = lambda _: None,
-    on_sample: Callable[[State], None] | None = None,
+    on_sample: Callable[[State], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> State:
     """Train until optimizer.steps, from the newest checkpoint in `out` if there is one.
@@ -83,52 +91,57 @@ def run(
     checkpoint of it is begun; on_sample: given it every sample_every steps and at the end. stop:
     asked after every step whether to leave now, with a checkpoint. Raises sampler.DivergedError,
     naming the step, when loss or gradient is no longer finite, and the checkpoints before it stay;
-    what `batches` raises, after a checkpoint.
+    what `batches` or the disk of the metrics raises, or a callback, after a checkpoint.
     """
     out.mkdir(parents=True, exist_ok=True)
     own = {"optimizer": dataclasses.asdict(optimizer), **(facts or {})}
     own |= {"seed": loop.seed, "accumulate": loop.accumulate}
     with Saver(out, keep=loop.keep, facts=own) as saver:
-        state, shardings = _begin(saver, params, optimizer, loop.seed, layout)
-        # Pinned, or XLA may choose to leave a part of the state elsewhere than it was.
-        options = {} if shardings is None else {"out_shardings": (shardings, None)}
+        state, options = _begin(saver, params, optimizer, loop.seed, layout)
         step = make_step(loss, optimizer, accumulate=loop.accumulate, **options)
         done = int(state.step)
-        with Metrics(out, step=done, tensorboard=tensorboard) as metrics:
+        ahead = contextlib.closing(_ahead(batches, place, done, optimizer.steps))
+        with Metrics(out, step=done, tensorboard=tensorboard) as metrics, ahead as coming:
             pending = _Pending(metrics, optimizer.steps, on_report)
-            coming = _ahead(batches, place, done, optimizer.steps)
+            saved = functools.partial(_saved, pending, saver, on_checkpoint)
             for number in range(done, optimizer.steps):
-                with _saved(pending, saver, state if number > done else None):
+                with saved(state if number > done else None):
                     batch = next(coming)
                 state, values = step(state, frozen, batch)
-                pending.add(number + 1, values)
-                stopped = stop()
-                last = stopped or number + 1 == optimizer.steps
-                if last or (number + 1) % loop.log_every == 0:
-                    pending.write()
-                if last or _due(number + 1, loop.checkpoint_every):
-                    pending.write()
-                    saver.save(state)
-                    on_checkpoint(state)
-                due = not stopped and (last or _due(number + 1, loop.sample_every))
-                if on_sample is not None and due:
-                    on_sample(state)
-                    pending.rest()
+                with saved(state):
+                    pending.add(number + 1, values)
+                    stopped = stop()
+                    last = stopped or number + 1 == optimizer.steps
+                    kept = last or _due(number + 1, loop.checkpoint_every)
+                    if kept or _due(number + 1, loop.log_every):
+                        pending.write()  # first, or a kill between the two would lose lines
+                    if kept:
+                        saver.save(state)
+                        on_checkpoint(state)
+                    if not stopped and (last or _due(number + 1, loop.sample_every)):
+                        on_sample(state)
+                        pending.rest()
                 if stopped:
                     break
     return state
 
 
 def _begin(
-    saver: Saver, params: Params, optimizer: OptimizerConfig, seed: int, layout: Layout | None
-) -> tuple[State, Any]:
-    """The state to go on from and where its arrays lie."""
+    saver: Saver,
+    params: Params | Unread,
+    optimizer: OptimizerConfig,
+    seed: int,
+    layout: Layout | None,
+) -> tuple[State, dict[str, Any]]:
+    """The state to go on from, and options of the step that leave its arrays where they lie."""
 
     def make(given: Params) -> State:
         return make_state(given, optimizer, seed=seed)
 
-    like = jax.eval_shape(make, params)
+    like = jax.eval_shape(make, params.shapes if isinstance(params, Unread) else params)
     shardings = None if layout is None else layout.weights(like)
+    # Pinned, or XLA may choose to leave a part of the state elsewhere than it was.
+    options = {} if shardings is None else {"out_shardings": (shardings, None)}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = saver.restore(
         jax.tree.map(
@@ -139,40 +152,53 @@ def _begin(
     )
     if found is None:
         # Donated, so that there is no moment with one copy more than the training needs.
-        return jax.jit(make, donate_argnums=0, out_shardings=shardings)(params), shardings
+        fresh = jax.jit(make, donate_argnums=0, out_shardings=shardings)
+        return fresh(params.read() if isinstance(params, Unread) else params), options
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
-    return found, shardings
+    return found, options
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _ahead(batches: Batches, place: Place, start: int, stop: int) -> Iterator[Any]:
+def _ahead(batches: Batches, place: Place, start: int, stop: int) -> Generator[Any, None, None]:
     """Batches on the devices, the next one made while the device works on this one."""
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
 
-        def ask(number: int) -> Any:
-            return pool.submit(lambda: place(batches(number))) if number < stop else None
+    def ask(number: int) -> Any:
+        return pool.submit(lambda: place(batches(number))) if number < stop else None
 
+    try:
         coming = ask(start)
         for number in range(start, stop):
             batch = coming.result()
             coming = ask(number + 1)
             yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # nobody needs the batch that is being made
 
 
 @contextlib.contextmanager
-def _saved(pending: "_Pending", saver: Saver, state: State | None) -> Iterator[None]:
+def _saved(
+    pending: "_Pending",
+    saver: Saver,
+    on_checkpoint: Callable[[State], None],
+    state: State | None,
+) -> Iterator[None]:
     """Keeps what was learned when something fails here, such as a disk after hours."""
     try:
         yield
     except Exception:
-        pending.write()
-        if state is not None:
-            saver.save(state)
+        pending.check()
+        # The checkpoint first; where the disk fails after it, the error from above is told.
+        if state is not None and saver.save(state):
+            with contextlib.suppress(OSError):
+                on_checkpoint(state)
+        with contextlib.suppress(OSError):
+            pending.write()
         raise
 
 
@@ -196,21 +222,32 @@ class _Pending:
         """Leave the time since the last writing out of the seconds a step."""
         self._since = time.monotonic()
 
+    def check(self) -> None:
+        """DivergedError at a loss that is not finite."""
+        for step, arrays in self._values:
+            _finite(step, arrays)
+
     def write(self) -> None:
-        """Write what there is; DivergedError at a loss that is not finite."""
+        """Write what there is; DivergedError as check()."""
         if not self._values:
             return
         count = len(self._values)
-        for step, arrays in self._values:
-            values = {name: float(np.asarray(value)) for name, value in arrays.items()}
-            for name in ("loss", "grad_norm"):  # a gradient can be lost where the loss is not
-                if not math.isfinite(values[name]):
-                    what = name.replace("grad_norm", "gradient")
-                    raise DivergedError(f"the {what} became {values[name]} at step {step}")
+        while self._values:
+            step, values = self._values[0][0], _finite(*self._values[0])
+            del self._values[0]  # before it fails, or a second try would write lines twice
             self._metrics.write(step, values)
-        self._values.clear()
         self._metrics.flush()
         now = time.monotonic()
         seconds, self._since = (now - self._since) / count, now
         if self._on_report is not None:
             self._on_report(Report(step, self._steps, values, seconds))
+
+
+def _finite(step: int, arrays: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a step on the host; DivergedError where loss or gradient is lost."""
+    values = {name: float(np.asarray(value)) for name, value in arrays.items()}
+    for name in ("loss", "grad_norm"):  # a gradient can be lost where the loss is not
+        if not math.isfinite(values[name]):
+            what = name.replace("grad_norm", "gradient")
+            raise DivergedError(f"the {what} became {values[name]} at step {step}")
+    return values

@@ -1,5 +1,6 @@
 """What is written down of each step: a line of JSON and, where asked for, TensorBoard's events."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -25,9 +26,11 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        # What a full disk did not take flush() has told; it would be told again.
+        for stream in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the values of a step."""

@@ -1,5 +1,6 @@
 """What a training gives: a LoRA's file, or a checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,23 @@ def write_lora(path: Path, state: State, config: LoraConfig, *, naming: str) -> 
     lora_weights.write(path, lora.to_lora(factors, alpha=config.alpha), naming=naming)
 
 
-def check_free(path: Path, config: dict[str, Any]) -> None:
+def check_free(path: Path, about: dict[str, Any]) -> None:
     """Raise ValueError if a checkpoint is there that does not come of a training like this.
 
-    config: the training's, as JSON; what only says how often it is looked at may differ.
+    about: what write_checkpoint() is to be given, as far as it is known; of its "config" may differ
+    what only says how often the training is looked at.
     """
     if not checkpoint.is_checkpoint(path):
         return
-    trained = checkpoint.read_manifest(path)["parts"]["dit"].get("trained", {})
-    before = trained.get("config", {})
-    shared = [name for name in config if name in before and name not in _SEEN]
-    other = [name for name in shared if config[name] != before[name]]
+    before = checkpoint.read_manifest(path)["parts"].get("dit", {}).get("trained", {})
+    facts = json.loads(json.dumps(about))  # as they were read
+    config = facts.pop("config", {})
+    own = {name: v for name, v in config.items() if name not in _SEEN}
+    old = before.get("config", {})
+    other = [name for name in own if name in old and own[name] != old[name]]
     other = [name for name in other if not name.startswith("sample_")]
-    if other or not before:
+    other += [name for name in facts if facts[name] != before.get(name)]
+    if other or not old:
         raise ValueError(
             f"{path} comes of another training: {', '.join(other) or 'all'} differ; "
             "choose another --out, or delete it"

@@ -33,15 +33,15 @@ class Saver:
     def __exit__(self, *_: object) -> None:
         self._manager.close()
 
-    def save(self, state: State) -> None:
-        """Begin to write the state under its step, unless that is there already."""
+    def save(self, state: State) -> bool:
+        """Begin to write the state under its step, unless that is there; whether it was not."""
         step = int(state.step)
         if step in self._manager.all_steps():
-            return
+            return False
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict()), facts=ocp.args.JsonSave(self._facts)
         )
-        self._manager.save(step, args=arguments, force=True)
+        return bool(self._manager.save(step, args=arguments, force=True))
 
     def restore(self, like: State) -> State | None:
         """The newest state, placed as `like`, which may be shapes with shardings, is; or None.

@@ -176,15 +176,27 @@ def train(
     out: Path, *, seed: int, phases: tuple[Phase, ...] = PHASES, tell: Tell | None = None
 ) -> None:
     """Train, measure the latents, and write OUT/vae.safetensors."""
-    arrays = start(seed)
+    arrays, inputs = start(seed), None
     for phase in phases:
-        state = _run(arrays, phase, out / "vae" / phase.name, seed, tell)
+        state = _run(arrays, phase, out / "vae" / phase.name, seed, tell, inputs)
         arrays = state.ema["vae"]
+        inputs = {phase.name: files.digest(arrays)}
     finish(out, arrays)
 
 
-def _run(arrays: Any, phase: Phase, out: Path, seed: int, tell: Tell | None) -> State:
-    """One phase, from these weights or from its newest checkpoint."""
+def _run(
+    arrays: Any,
+    phase: Phase,
+    out: Path,
+    seed: int,
+    tell: Tell | None,
+    inputs: dict[str, str] | None,
+) -> State:
+    """One phase, from these weights or from its newest checkpoint.
+
+    inputs: the phase that the weights come of, and their digest; None for those of the seed, whose
+    last bits the device decides.
+    """
     steps = phase.stills + phase.moving
     return loop.run(
         {"vae": arrays},
@@ -201,7 +213,7 @@ def _run(arrays: Any, phase: Phase, out: Path, seed: int, tell: Tell | None) -> 
             ema_decay=0.998,
         ),
         loop=loop.LoopConfig(seed=seed, log_every=50, checkpoint_every=1000),
-        facts={"phase": list(phase), "network": networks.VAE.to_dict()},
+        facts={"phase": list(phase), "network": networks.VAE.to_dict(), "inputs": inputs},
         on_report=tell,
     )
 

@@ -1,5 +1,6 @@
 """Trained networks between the stages: safetensors of dotted paths, with their configuration."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,5 +56,17 @@ def rounded(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the files of stages, by which a training knows what it was begun from."""
     places = {name: folder / f"{name}.safetensors" for name in names}
+    if "tokenizer" in places:
+        places["tokenizer"] = folder / "tokenizer" / "tokenizer.json"
     with FileHashes([*places.values()]) as hashes:
         return {name: hashes.of(place) for name, place in places.items()}
+
+
+def digest(arrays: Mapping[str, Any]) -> str:
+    """SHA-256 of weights that are in no file of their own, as float32."""
+    content = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name], np.float32)
+        content.update(f"{name} {array.shape} ".encode())
+        content.update(array.data)
+    return content.hexdigest()

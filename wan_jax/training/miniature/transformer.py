@@ -91,7 +91,7 @@ def train(
         facts={
             "recipe": list(recipe),
             "network": networks.DITS[stage].to_dict(),
-            "inputs": files.digests(out, ("vae", *recipe.frozen, *_BEFORE[stage])),
+            "inputs": files.digests(out, ("tokenizer", "vae", *recipe.frozen, *_BEFORE[stage])),
         },
         frozen=layout.whole(frozen) if frozen else None,
         place=layout.rows,
