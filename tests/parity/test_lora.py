@@ -16,8 +16,9 @@ pytest.importorskip("peft")
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.utils import logging
 from flax import nnx
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors.numpy import load_file, save_file
 
 from tests import tolerances
 from tests.parity.convert import load_torch
@@ -185,6 +186,29 @@ def test_we_read_what_diffusers_writes(
         transformer_lora_adapter_metadata=settings.to_dict(),
     )
     (file,) = tmp_path.iterdir()
+    net = lora.merge(plain, [(lora_files.read(file, config), 1.0)])
+    theirs, mine = velocities(model, net, config, monkeypatch)
+    assert relative_l2(mine, theirs) <= tolerances.LORA_DIFFUSERS
+    _, without = velocities(model, plain, config, monkeypatch)
+    assert relative_l2(without, theirs) >= tolerances.LORA_MATTERS
+
+
+def test_we_read_what_peft_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = KINDS["t2v"]
+    model = torch_model(config)
+    plain = ours(model, config)
+    settings = LoraConfig(
+        r=4, lora_alpha=7, target_modules=["to_q", "ffn.net.2", "proj_out"],
+        alpha_pattern={r"blocks\.1\.attn1\.to_q": 2}, init_lora_weights=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    get_peft_model(model, settings).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    assert all(name.startswith("base_model.model.") for name in load_file(file))
+    with pytest.raises(ValueError, match="adapter_config.json beside it, which is not read, says"):
+        lora_files.check(file, config)
+    header = {lora.METADATA: (tmp_path / "adapter_config.json").read_text()}
+    save_file(load_file(file), file, metadata=header)
     net = lora.merge(plain, [(lora_files.read(file, config), 1.0)])
     theirs, mine = velocities(model, net, config, monkeypatch)
     assert relative_l2(mine, theirs) <= tolerances.LORA_DIFFUSERS

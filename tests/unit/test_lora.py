@@ -145,6 +145,7 @@ STYLES = {
     ),
     "original, bare": ("comfyui", lambda n: n.removeprefix("diffusion_model.")),
     "diffusers, bare": ("diffusers", lambda n: n.removeprefix("transformer.")),
+    "peft": ("diffusers", lambda n: "base_model.model." + n.removeprefix("transformer.")),
     "diffusers, default": ("diffusers", lambda n: n.replace(".weight", ".default.weight")),
     "original, default": (
         "comfyui",
@@ -315,6 +316,58 @@ def test_alpha_comes_from_the_header(prefix: str, tmp_path: Path) -> None:
     assert scales(lora_alpha=6)["head_proj"] == [4.0]
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?:blocks)\.(?:0|1)\.(?:attn1)\.(?:to_q)",  # of which "(?:" is no repetition
+        r"(?:.*)attn1\.(?P<name>to_q)",
+        r"(?=.*to_q).*attn1.*",
+        r"(a|b|c|d|e|f|g|h|i|j|k|l|blocks\.\d\.attn1\.to_q)",
+        r"blocks\.\d+\.attn1\.[t]{1,2}o_q?",
+    ],
+)
+def test_alpha_has_patterns(pattern: str, file: Path) -> None:
+    lora.write(file, some(), naming="diffusers")
+    # As many as a file of its own needs; the first that fits counts.
+    plain = {rf"^blocks\.{i}\.attn3\.to_q": 1 for i in range(900)}
+    header = peft(lora_alpha=6, r=3, alpha_pattern=plain | {pattern: 9, "to_q": 6})
+    save_file(load_file(file), file, metadata=header)
+    pairs = lora_files.read(file, TINY.dit).pairs
+    assert pairs["layers.self_attn.q"].scale.tolist() == [3.0, 3.0]
+    assert pairs["layers.cross_attn.q"].scale.tolist() == [2.0, 2.0]
+
+
+def test_an_alpha_beside_the_file_is_not_left_out_silently(tmp_path: Path) -> None:
+    path, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    whole = some(alpha=6.0)
+    lora.write(path, whole, naming="diffusers")
+    tensors = {
+        n.replace("transformer.", "base_model.model."): a for n, a in load_file(path).items()
+    }
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "alpha_pattern": {}}
+    save_file(tensors, path)
+    for text in (None, json.dumps(config)):
+        if text is not None:
+            beside.write_text(text)
+        assert lora_files.read(path, TINY.dit).pairs["head_proj"].scale.tolist() == 1.0
+    for wrong, words in (
+        (config | {"lora_alpha": 6}, "has no alpha, and adapter_config.json beside it.* says 6 at"),
+        (
+            config | {"alpha_pattern": {r"blocks\.1\.attn1\.to_q": 1}},
+            r"says 1 at rank 3 of blocks\.1",
+        ),
+        (config | {"use_rslora": True}, "says 5.19615 at rank 3"),
+        (config | {"use_dora": True}, "is a DoRA"),
+        ([], "has a damaged adapter_config.json beside it"),
+    ):
+        beside.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} .*{words}"):
+            lora_files.check(path, TINY.dit)
+    header = json.dumps(config | {"lora_alpha": 6})
+    save_file(tensors, path, metadata={lora.METADATA: header})
+    same(lora_files.read(path, TINY.dit), whole)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_and_whole_numbers_are_read(dtype: str, file: Path) -> None:
     tensors = {
@@ -423,6 +476,20 @@ def test_another_kind_of_network_is_told(tmp_path: Path) -> None:
         ('{"alpha_pattern": {"(.+)+!": 1}}', "too elaborate"),
         ('{"alpha_pattern": {".*.*.*.*!": 1}}', "too elaborate"),
         (f'{{"alpha_pattern": {{"{"a" * 201}": 1}}}}', "too elaborate"),
+        ('{"alpha_pattern": {"(?x:(.+) +)!": 1}}', "too elaborate"),
+        (r'{"alpha_pattern": {"\\\\*.*.*.*!": 1}}', "too elaborate"),
+        (f'{{"alpha_pattern": {{"{"(.|.)" * 13}!": 1}}}}', "too elaborate; .* and 12 alternatives"),
+        ('{"alpha_pattern": {".*.*(.|.)(.|.)(.|.)(.|.)(.|.)!": 1}}', "too elaborate"),
+        (json.dumps({"alpha_pattern": {f"x{i}": 1 for i in range(1025)}}), "its 1025 .* too many"),
+        (
+            json.dumps({"alpha_pattern": {f".*.*.*{i}": 1 for i in range(17)}}),
+            "its 17 patterns are",
+        ),
+        (
+            '{"alpha_pattern": {"a{99999999999}": 1}}',
+            "metadata: the repetition number is too large",
+        ),
+        (f'{{"lora_alpha": 1{"0" * 400}}}', "damaged lora_adapter_metadata: int too large"),
         ('{"transformer.use_dora": true}', "is a DoRA"),
     ],
 )

@@ -151,7 +151,7 @@ def test_what_is_there_is_packed(src: Path, tmp_path: Path) -> None:
     pack.pack(some, tmp_path / "assets")
     assert [path.name for path in (tmp_path / "assets").iterdir()] == ["t2v"]
     (some / "i2v.safetensors").symlink_to(src / "i2v.safetensors")
-    with pytest.raises(ValueError, match=r"clip\.safetensors does not exist; run the stage 'clip'"):
+    with pytest.raises(ValueError, match=r"clip\.safetensors does not exist; run the stage 'i2v'"):
         pack.pack(some, tmp_path / "assets")
     assert [path.name for path in (tmp_path / "assets").iterdir()] == ["t2v"]
 
@@ -163,7 +163,7 @@ def test_what_is_there_is_packed(src: Path, tmp_path: Path) -> None:
         ("kind", "i2v.safetensors is of the kind t2v; i2v is needed"),
         ("lost", "wrong: the umt5 lacks "),
         ("nan", "of the vae holds NaN"),
-        ("tokenizer", "tokenizer does not exist; run the stage 'text' before"),
+        ("tokenizer", "tokenizer does not exist; run the stage 'tokenizer' before"),
     ],
 )
 def test_networks_that_do_not_fit(change: str, words: str, src: Path, tmp_path: Path) -> None:

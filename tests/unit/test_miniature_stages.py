@@ -183,9 +183,24 @@ def test_stills_are_first_frames_with_their_captions(
 
 
 def test_a_stage_says_which_comes_before(small: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer does not exist; run the stage 'tokenizer'"):
+        transformer.train("t2v", tmp_path, seed=0)
     write_byte_tokenizer(tmp_path / "tokenizer", vocab_size=384)
     with pytest.raises(ValueError, match="vae.safetensors does not exist; run the stage 'vae'"):
         transformer.train("t2v", tmp_path, seed=0)
+
+
+def test_every_file_has_the_stage_that_makes_it(tmp_path: Path) -> None:
+    made = {name: name for name in ("vae", *transformer.RECIPES)}
+    for stage, recipe in transformer.RECIPES.items():
+        made |= dict.fromkeys(recipe.trained, stage)
+    assert {file for kind in networks.DITS for file in files.parts(kind).values()} == made.keys()
+    for file, stage in made.items():
+        words = f"{file}.safetensors does not exist; run the stage '{stage}' before"
+        with pytest.raises(ValueError, match=words):
+            files.network(tmp_path, file)
+    with pytest.raises(ValueError, match="tokenizer does not exist; run the stage 'tokenizer'"):
+        files.tokenizer(tmp_path)
 
 
 def test_a_larger_network_begins_as_the_smaller_one(out: Path) -> None:

@@ -198,8 +198,10 @@ def write(path: Path, lora: Lora, *, naming: str) -> None:
 
     naming: "diffusers", which Diffusers' load_lora_weights() takes, with alphas in the header; or
     "comfyui", the original's names with an alpha beside each pair. What is written reads back bit
-    for bit. Raises ValueError for another naming or ending of the file, for numbers that are not
-    finite, and for differences that the naming has no place for; OSError if the disk fails.
+    for bit: no alpha is multiplied into a factor, which would round, so readers that do not look
+    into the header (Diffusers before 0.34, or given tensors and no file) take the rank for alpha.
+    Raises ValueError for another naming or ending of the file, for numbers that are not finite, and
+    for differences that the naming has no place for; OSError if the disk fails.
     """
     if naming not in lora_names.NAMES:
         raise ValueError(f"naming is {naming!r}; one of {lora_names.NAMES} is needed")

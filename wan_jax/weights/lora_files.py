@@ -22,6 +22,11 @@ from wan_jax.weights.rules import MismatchError, Shape
 from wan_jax.weights.sources import abstract_part
 
 _FLOATS = ("float32", "float16", "bfloat16")
+_DAMAGED = (AttributeError, TypeError, ValueError, OverflowError, RecursionError, re.error)
+_BESIDE = "adapter_config.json"  # where PEFT without Diffusers keeps alpha
+# A pattern has up to 12 alternatives, a repetition counting as 4, and so up to 2**12 ways to fail.
+# Of all patterns together they are limited, each counting as 2**6 at least: 1024 plain ones.
+_ALTERNATIVES, _AS_REPEAT, _LEAST, _WAYS = 12, 4, 6, 2**16
 
 
 def read(path: Path, config: DiTConfig) -> Lora:
@@ -30,7 +35,7 @@ def read(path: Path, config: DiTConfig) -> Lora:
     Names are Diffusers' and PEFT's, ComfyUI's (the original's) or kohya's. alpha is the product's
     own, or that of the header's PEFT configuration, or else the rank. Raises ValueError naming the
     file if it holds anything that is not used, lacks a half of a pair, does not fit the network,
-    or has numbers that are not finite.
+    has numbers that are not finite, or is PEFT's own with another alpha in the file beside it.
     """
     return _File(path, config).read()
 
@@ -60,7 +65,10 @@ class _File:
         if wrong:
             kinds = ", ".join(sorted({shapes[name][1] for name in wrong}))
             raise self._error(f"is stored as {kinds}; needed are {', '.join(_FLOATS)}", wrong)
-        self._settings = _settings(path)
+        found = _settings(path)
+        self._settings = found or _Settings()
+        if found is None and any(map(lora_names.is_peft, self._shapes)):
+            self._check_beside()
 
     def _error(self, text: str, names: list[str]) -> MismatchError:
         shown = ", ".join(sorted(names)[:5]) + (f", ... {len(names)} in all" if names[5:] else "")
@@ -128,6 +136,29 @@ class _File:
         if wrong:
             more = f"; and {len(wrong) - 3} more" if wrong[3:] else ""
             raise self._error(f"does not fit the network: {'; '.join(wrong[:3])}{more}", [])
+
+    def _check_beside(self) -> None:
+        """Refuse alphas that are beside the file: it would mean another thing elsewhere."""
+        beside = self._path.parent / _BESIDE
+        if not beside.is_file():
+            return
+        try:
+            text = beside.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{beside} cannot be read: {one_line(error)}") from error
+        theirs = _parsed(self._path, f"{_BESIDE} beside it", text)
+        for group in self._groups.values():
+            if "down" not in group or "alpha" in group:
+                continue
+            module, rank = self._meanings[group["down"]].module, self._shapes[group["down"]][0]
+            alpha = theirs.alpha(module, rank)
+            if alpha != rank:
+                raise self._error(
+                    f"has no alpha, and {_BESIDE} beside it, which is not read, says {alpha:g} at "
+                    f"rank {rank} of {module}; needed is that JSON in the file's own header, as "
+                    f"{METADATA}",
+                    [],
+                )
 
     def _source_shape(self, target: str, meaning: Meaning) -> Shape:
         """The shape that the parameter, or one layer of it, has in a file."""
@@ -236,56 +267,79 @@ def _plain(shape: Shape) -> Shape:
 class _Settings(NamedTuple):
     """What PEFT's configuration says of alpha; without one it is the rank.
 
-    patterns: {regular expression of modules: their alpha}. by_root: the scale is
-    alpha / sqrt(rank), as with use_rslora.
+    patterns: {regular expression of modules: their alpha}; compiled, as re itself keeps but few.
+    by_root: the scale is alpha / sqrt(rank), as with use_rslora.
     """
 
     usual: float | None = None
-    patterns: Mapping[str, float] = {}
+    patterns: Mapping[re.Pattern[str], float] = {}
     by_root: bool = False
 
     def alpha(self, module: str, rank: int) -> float:
         """Of a module, by its name without a prefix, so that its scale is alpha / rank."""
-        own = (a for p, a in self.patterns.items() if re.match(_whole(p), module))
+        own = (a for p, a in self.patterns.items() if p.match(module))
         found = next(own, self.usual)
         if found is None:
             return float(rank)
         return found * math.sqrt(rank) if self.by_root else found
 
 
-def _settings(path: Path) -> _Settings:
+def _settings(path: Path) -> _Settings | None:
     """From the header's PEFT configuration, if there is one; ValueError naming the file."""
     try:
         with safe_open(path, framework="numpy") as handle:
             text = (handle.metadata() or {}).get(METADATA)
-        if text is None:
-            return _Settings()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+    return None if text is None else _parsed(path, METADATA, text)
+
+
+def _parsed(path: Path, where: str, text: str | bytes) -> _Settings:
+    """What PEFT's configuration of a file says; ValueError naming the file and where it is."""
+    try:
         values = json.loads(text)
         # Diffusers puts the network's name before each; PEFT alone does not.
         own = {k.removeprefix("transformer."): v for k, v in values.items()}
         usual = None if own.get("lora_alpha") is None else _finite(own["lora_alpha"])
-        patterns = {str(k): _finite(v) for k, v in (own.get("alpha_pattern") or {}).items()}
-        for pattern in patterns:
-            _check_pattern(pattern)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
-    except (AttributeError, TypeError, ValueError, RecursionError, re.error) as error:
-        raise ValueError(f"{path} has a damaged {METADATA}: {one_line(error)}") from error
+        patterns = _patterns(own.get("alpha_pattern") or {})
+    except _DAMAGED as error:
+        raise ValueError(f"{path} has a damaged {where}: {one_line(error)}") from error
     if own.get("use_dora"):
         raise ValueError(f"{path} is a DoRA, which is not supported; a LoRA is needed")
     return _Settings(usual, patterns, own.get("use_rslora") is True)
 
 
-def _check_pattern(pattern: str) -> None:
-    """Raise ValueError for a regular expression that could take long, or is none."""
-    for form in (pattern, _whole(pattern)):
-        re.compile(form)
-    repeats = re.findall(r"(?<!\\)[*+?{]", pattern)
-    if len(pattern) > 200 or len(repeats) > 3 or re.search(r"\)[*+?{]", pattern):
+def _patterns(values: Mapping[str, Any]) -> dict[re.Pattern[str], float]:
+    """Compiled; ValueError for those that could take long, alone or together, or are none."""
+    found: dict[re.Pattern[str], float] = {}
+    ways = 0
+    for pattern, alpha in values.items():
+        ways += 2 ** max(_LEAST, _alternatives(pattern))
+        if ways > _WAYS:
+            raise ValueError(
+                f"its {len(values)} patterns are too many or too elaborate together; up to "
+                f"{_WAYS >> _LEAST} plain ones, or {_WAYS >> _ALTERNATIVES} of the most "
+                "elaborate, are read"
+            )
+        re.compile(pattern)  # on its own as well: "a)(b" is one only in brackets
+        found[re.compile(_whole(pattern))] = _finite(alpha)
+    return found
+
+
+def _alternatives(pattern: str) -> int:
+    """How many a pattern has, with its repetitions; ValueError where it could take long."""
+    bare = re.sub(r"(?s)\\.", "x", pattern)
+    # What only opens a group is no repetition. Others, with flags, could hide one behind spaces.
+    bare = re.sub(r"\(\?(:|<?[=!]|P<\w+>)", "(", bare)
+    count = bare.count("|") + _AS_REPEAT * len(re.findall(r"[*+?{]", bare))
+    of_group = re.search(r"\)[*+?{]", bare)
+    if len(pattern) > 200 or count > _ALTERNATIVES or of_group or "(?" in bare:
         raise ValueError(
-            f"the pattern {pattern[:60]!r} is too elaborate; up to 200 characters and 3 "
-            "repetitions, none of them of a group, are read"
+            f"the pattern {pattern[:60]!r} is too elaborate; up to 200 characters and "
+            f"{_ALTERNATIVES} alternatives are read, where a repetition counts as {_AS_REPEAT}, "
+            "without flags and repetitions of a group"
         )
+    return count
 
 
 def _whole(pattern: str) -> str:

@@ -7,6 +7,8 @@ table, in either naming, so none is listed here:
     diffusion_model.blocks.0.self_attn.q.lora_down.weight  ComfyUI, with the original's names
     lora_unet_blocks_0_self_attn_q.lora_down.weight        kohya's trainers (musubi-tuner)
 
+PEFT without Diffusers puts base_model.model. before each.
+
 Checked against diffusers 0.42.1 (loaders/lora_conversion_utils.py), ComfyUI (comfy/lora.py,
 comfy/weight_adapter/lora.py), musubi-tuner (convert_lora.py), and, for the modulation's `diff_m`,
 the files of lightx2v (ComfyUI's issue 8922).
@@ -23,6 +25,7 @@ from wan_jax.weights.rules import NAMINGS, Rule
 NAMES = ("diffusers", "comfyui")  # that can be written
 _PREFIXES = {"diffusers": "transformer.", "comfyui": "diffusion_model."}
 _TABLES = {"diffusers": "diffusers", "comfyui": "wan"}
+_PEFT = "base_model.model."
 _FLAT = "lora_unet_"  # of names with all dots as underscores, as kohya's trainers write them
 _TEXT = ("text_encoder", "lora_te")
 # PEFT puts the adapter's name before the last word: lora_A.default.weight.
@@ -89,6 +92,7 @@ class Names:
 
     def _module(self, name: str) -> str:
         """The module's name without a prefix, with its dots."""
+        name = name.removeprefix(_PEFT)
         if name.startswith(_FLAT):
             return self._flat.get(name.removeprefix(_FLAT), "")
         prefix = next((p for p in _PREFIXES.values() if name.startswith(p)), "")
@@ -110,6 +114,11 @@ def all_names(layers: int) -> Names:
 def is_text(key: str) -> bool:
     """Whether a name is one of a text encoder's LoRA."""
     return key.startswith(_TEXT)
+
+
+def is_peft(key: str) -> bool:
+    """Whether a name is one that PEFT writes without Diffusers."""
+    return key.startswith(_PEFT)
 
 
 def module(rule: Rule, layer: int, naming: str) -> str:

@@ -29,7 +29,7 @@ def from_stages(out: Path, kind: str, *, dtype: str = "bfloat16") -> Wan:
         part: functools.partial(transformer.network, c, arrays, dtype)
         for part, (arrays, c) in found.items()
     }
-    return Wan(config, load_tokenizer(out / "tokenizer"), loaders, dtype=dtype)
+    return Wan(config, load_tokenizer(files.tokenizer(out)), loaders, dtype=dtype)
 
 
 def scores(wan: Wan, *, clips: int, pairs: int, notify: Notify = lambda _: None) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from wan_jax.weights.hashes import FileHashes
 
 _FIELD = "config"
 _CONFIGS: dict[str, Any] = {"vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig}
+# {file: stage that makes it} of those that are not named like their stage.
+STAGES = {"umt5": "t2v", "clip": "i2v"}
 
 
 def parts(kind: str) -> dict[str, str]:
@@ -35,11 +37,23 @@ def write(path: Path, arrays: dict[str, Any], config: dict[str, Any]) -> None:
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What write() wrote. Raises ValueError naming the stage that makes the file."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; run the stage {path.stem!r} before")
+    _check_made(path)
     with safe_open(path, framework="np") as file:
         config = json.loads(file.metadata()[_FIELD])
     return load_file(path), config
+
+
+def tokenizer(folder: Path) -> Path:
+    """Where the tokenizer lies. Raises ValueError naming the stage that makes it."""
+    path = folder / "tokenizer"
+    _check_made(path)
+    return path
+
+
+def _check_made(path: Path) -> None:
+    if not path.exists():
+        stage = STAGES.get(path.stem, path.stem)
+        raise ValueError(f"{path} does not exist; run the stage {stage!r} before")
 
 
 def network(folder: Path, name: str) -> tuple[dict[str, np.ndarray], Any]:

@@ -87,13 +87,12 @@ def _write(src: Path, path: Path, kind: str) -> None:
     for part, name in files.parts(kind).items():
         found, configs[part] = files.network(src, name)
         arrays[part] = {k: array.astype(jnp.bfloat16) for k, array in found.items()}
-    if not (src / "tokenizer").is_dir():
-        raise ValueError(f"{src / 'tokenizer'} does not exist; run the stage 'text' before")
+    tokenizer = files.tokenizer(src)
     if KINDS[configs["dit"].images] != kind:
         file, other = src / f"{kind}.safetensors", KINDS[configs["dit"].images]
         raise ValueError(f"{file} is of the kind {other}; {kind} is needed")
     config = WanConfig(**configs, defaults=DEFAULTS)
-    copy_files(src / "tokenizer", path / "tokenizer")
+    copy_files(tokenizer, path / "tokenizer")
     try:
         miniature.write_arrays(path, arrays, config=config, stand_ins=True)
     except ValueError as error:

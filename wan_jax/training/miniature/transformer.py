@@ -103,7 +103,7 @@ def train(
 
 def _pool(stage: str, out: Path, recipe: Recipe, seed: int, notify: Callable[[str], None]) -> Pool:
     """The clips of a stage, drawn and encoded."""
-    text = load_tokenizer(out / "tokenizer")
+    text = load_tokenizer(files.tokenizer(out))
     images = networks.DITS[stage].images
     notify(f"encoding {recipe.clips} clips")
     arrays, vae_config = files.network(out, "vae")
