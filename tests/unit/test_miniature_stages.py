@@ -83,14 +83,16 @@ def out(small: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def small_recipe(stage: str) -> transformer.Recipe:
     recipe = transformer.RECIPES[stage]
-    stills = 1 if recipe.stills else 0
-    return recipe._replace(steps=3, stills=stills, clips=16, batch_size=4)
+    some = {"moving": 2, "learning_rate": 1e-3}  # the same programs, compiled once
+    phases = tuple(p._replace(stills=min(p.stills, 1), **some) for p in recipe.phases)
+    return recipe._replace(phases=phases, clips=16, batch_size=2)
 
 
 def test_every_stage_writes_what_learned(out: Path) -> None:
     names = {path.stem for path in out.glob("*.safetensors")}
     assert names == {"vae", "umt5", "clip", "t2v", "i2v", "flf2v"}
-    runs = {"vae/draw": 5, "vae/settle": 1, "t2v": 3, "i2v": 3, "flf2v": 3}
+    runs = {"vae/draw": 5, "vae/settle": 1, "t2v/words": 3, "t2v/pairs": 3}
+    runs |= {"i2v/images": 2, "flf2v/images": 2}
     for stage, steps in runs.items():
         lines = metrics.read(out / stage / metrics.FILE)
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
@@ -118,7 +120,9 @@ def test_a_stage_goes_on_only_with_the_tokenizer_it_began_with(out: Path, tmp_pa
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
-    with pytest.raises(ValueError, match="t2v/checkpoints is of a training with inputs = .*token"):
+    with pytest.raises(
+        ValueError, match="t2v/words/checkpoints is of a training with inputs = .*token"
+    ):
         transformer.train("t2v", tmp_path, seed=0, recipe=small_recipe("t2v"))
 
 
@@ -127,7 +131,7 @@ def test_latents_are_normalised_by_what_was_measured(out: Path) -> None:
     assert config.latents_mean != networks.VAE.latents_mean
     assert autoencoder.measured(arrays) == config
     network = autoencoder.build(config, arrays, "bfloat16")
-    groups = pool.make_groups(network, images=0, clips=128, seed=1)
+    groups = pool.make_groups(network, images=0, clips=128, pairs=0.5, seed=1)
     every = np.concatenate([g.latents.astype(np.float32).reshape(-1, 16) for g in groups])
     np.testing.assert_allclose(every.mean(0), 0.0, atol=0.25)
     # Deviations are those of samples: means vary less, by what is noise.
@@ -143,7 +147,7 @@ def test_batches_are_a_function_of_the_step(out: Path, small: pytest.MonkeyPatch
     network = autoencoder.build(config, arrays, "bfloat16")
     from wan_jax.tokenizer import load_tokenizer
 
-    groups = pool.make_groups(network, images=2, clips=16, seed=1)
+    groups = pool.make_groups(network, images=2, clips=16, pairs=0.5, seed=1)
     made = pool.Pool(groups, load_tokenizer(out / "tokenizer"), images=2, batch_size=3, seed=5)
     one, again, other = made.batch(7), made.batch(7), made.batch(8)
     assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
@@ -152,6 +156,14 @@ def test_batches_are_a_function_of_the_step(out: Path, small: pytest.MonkeyPatch
     assert one.views.shape == (3, 2, 32, 32, 3)
     known = one.known[..., :4].astype(np.float32)  # the mask
     assert known[:, 0].all() and known[:, -1, ..., -1].all() and known[:, 1:-1].sum() == 0
+
+
+@pytest.mark.parametrize("pairs", [0.0, 1.0])
+def test_so_many_clips_show_two_objects(out: Path, pairs: float) -> None:
+    arrays, config = files.network(out, "vae")
+    network = autoencoder.build(config, arrays, "bfloat16")
+    groups = pool.make_groups(network, images=0, clips=32, pairs=pairs, seed=1)
+    assert {len(scene.objects) for group in groups for scene in group.scenes} == {1 + int(pairs)}
 
 
 def test_stills_are_first_frames_with_their_captions(
@@ -163,7 +175,7 @@ def test_stills_are_first_frames_with_their_captions(
     from wan_jax.tokenizer import load_tokenizer
 
     text = load_tokenizer(out / "tokenizer")
-    groups = pool.make_groups(network, images=0, clips=16, seed=1)
+    groups = pool.make_groups(network, images=0, clips=16, pairs=0.5, seed=1)
     made = pool.Pool(groups, text, images=0, batch_size=3, seed=5, stills=20)
     still, clip = made.batch(19), made.batch(20)
     assert clip.latents.shape == (3, 3, *still.latents.shape[2:])

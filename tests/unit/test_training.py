@@ -483,7 +483,7 @@ def test_a_finished_result_is_kept_only_of_the_same_data_and_checkpoint(
     source, clips = tmp_path / "source", tmp_path / "data"
     miniature.write(source, config=TINY, seed=1)
     shutil.copytree(data, clips)
-    file = configured(tmp_path / "c.py", steps=1, batch_size=4, warmup_steps=0, fps=16)
+    file = configured(tmp_path / "c.py", steps=1, batch_size=8, warmup_steps=0, fps=16)
     given = [*_given(file, clips, tmp_path), "--ckpt_dir", str(source)]
     given += ["--cache_dir", str(tmp_path / "cache")]
     executed(*given)

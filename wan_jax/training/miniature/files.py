@@ -68,10 +68,17 @@ def rounded(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of the files of stages, by which a training knows what it was begun from."""
-    places = {name: folder / f"{name}.safetensors" for name in names}
-    if "tokenizer" in places:
-        places["tokenizer"] = folder / "tokenizer" / "tokenizer.json"
+    """SHA-256 of the files of stages, by which a training knows what it was begun from.
+
+    Raises ValueError naming the stage that makes a file that is not there.
+    """
+    places = {}
+    for name in names:
+        if name == "tokenizer":
+            places[name] = tokenizer(folder) / "tokenizer.json"
+        else:
+            places[name] = folder / f"{name}.safetensors"
+            _check_made(places[name])
     with FileHashes([*places.values()]) as hashes:
         return {name: hashes.of(place) for name, place in places.items()}
 

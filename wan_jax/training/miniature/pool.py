@@ -129,17 +129,27 @@ def make_groups(
     *,
     images: int,
     clips: int,
+    pairs: float,
     seed: int,
     tell: Callable[[int, int], None] | None = None,
 ) -> list[Group]:
-    """Draw and encode `clips` clips, none of them held out. tell: (done, of how many)."""
+    """Draw and encode `clips` clips, none of them held out.
+
+    pairs: share of those with two objects. tell: (done, of how many).
+    """
     groups, done = [], 0
     for size, share in _SHARES.items():
         rng = np.random.default_rng((seed, *size))
         scenes, found = [], []
         for _ in range(max(1, round(clips * share / _CHUNK))):
             some = [
-                world.draw(rng, size=size, frames=world.FRAMES, spoil=networks.SPOILED)
+                world.draw(
+                    rng,
+                    count=1 + int(rng.random() < pairs),
+                    size=size,
+                    frames=world.FRAMES,
+                    spoil=networks.SPOILED,
+                )
                 for _ in range(_CHUNK)
             ]
             raw = _encode(network, world.fields(some), size=size, images=images)

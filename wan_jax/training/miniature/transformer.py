@@ -4,6 +4,7 @@ The text encoder learns with the first, through its loss, and the CLIP tower wit
 others find them as they are. Each begins from the weights of the one before it.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -30,26 +31,44 @@ Array = jax.Array
 Arrays = dict[str, Any]
 
 
+class Phase(NamedTuple):
+    """A training of its own: steps on first frames alone, then on clips.
+
+    pairs: share of the clips that show two objects.
+    """
+
+    name: str
+    stills: int
+    moving: int
+    learning_rate: float
+    pairs: float
+
+
 class Recipe(NamedTuple):
     """How a stage is run.
 
-    stills: how many of the steps see first frames only. trained: besides the transformer; frozen:
-    read from earlier stages.
+    clips: that are drawn for each phase. trained: besides the transformer; frozen: read from
+    earlier stages.
     """
 
-    steps: int
-    stills: int
+    phases: tuple[Phase, ...]
     clips: int
     batch_size: int
-    learning_rate: float
     trained: tuple[str, ...]
     frozen: tuple[str, ...]
 
 
 RECIPES = {
-    "t2v": Recipe(20_000, 8000, 32_768, 256, 1e-3, ("umt5",), ()),
-    "i2v": Recipe(4000, 0, 16_384, 256, 7e-4, ("clip",), ("umt5",)),
-    "flf2v": Recipe(3000, 0, 16_384, 256, 7e-4, (), ("umt5", "clip")),
+    # Which words tell of which object is learned last, and from clips that show two.
+    "t2v": Recipe(
+        (Phase("words", 8000, 18_000, 1.5e-3, 0.4), Phase("pairs", 6000, 26_000, 1e-3, 0.75)),
+        49_152,
+        256,
+        ("umt5",),
+        (),
+    ),
+    "i2v": Recipe((Phase("images", 0, 4000, 7e-4, 0.4),), 16_384, 256, ("clip",), ("umt5",)),
+    "flf2v": Recipe((Phase("images", 0, 3000, 7e-4, 0.4),), 16_384, 256, (), ("umt5", "clip")),
 }
 _BEFORE = {"t2v": (), "i2v": ("t2v",), "flf2v": ("i2v",)}  # whose weights a stage begins from
 FLOW = flow.FlowConfig(shift=networks.DEFAULTS.shift, image_dropout=0.05, remat="attention")
@@ -70,63 +89,97 @@ def train(
     naming what is missing. Several devices share each batch.
     """
     recipe = recipe or RECIPES[stage]
-    devices = jax.devices()
-    layout = sharding.make_layout(1, devices=devices[: math.gcd(len(devices), recipe.batch_size)])
-    frozen = {name: files.network(out, name)[0] for name in recipe.frozen}
     params = begin(stage, out, recipe, seed)
-    state = loop.run(
-        params,
-        functools.partial(loss, stage),
-        _pool(stage, out, recipe, seed, notify).batch,
-        out / stage,
-        optimizer=OptimizerConfig(
-            steps=recipe.steps,
-            learning_rate=recipe.learning_rate,
-            warmup_steps=min(300, recipe.steps // 10),
-            final_ratio=0.02,
-            beta2=0.98,
-            ema_decay=0.998,
-        ),
-        loop=loop.LoopConfig(seed=seed, log_every=50, checkpoint_every=1000),
-        facts={
-            "recipe": list(recipe),
-            "network": networks.DITS[stage].to_dict(),
-            "inputs": files.digests(out, ("tokenizer", "vae", *recipe.frozen, *_BEFORE[stage])),
-        },
-        frozen=layout.whole(frozen) if frozen else None,
-        place=layout.rows,
-        layout=layout,
-        on_report=tell,
-    )
-    finish(stage, out, state)
+    names = ("tokenizer", "vae", *recipe.frozen, *_BEFORE[stage])
+    training = _Training(stage, out, recipe, files.digests(out, names), tell, notify)
+    for number, phase in enumerate(recipe.phases):
+        state = training.run(phase, params, seed + number, begun=number > 0)
+        params = jax.tree.map(np.asarray, state.ema)
+    finish(stage, out, params)
 
 
-def _pool(stage: str, out: Path, recipe: Recipe, seed: int, notify: Callable[[str], None]) -> Pool:
-    """The clips of a stage, drawn and encoded."""
-    text = load_tokenizer(files.tokenizer(out))
-    images = networks.DITS[stage].images
-    notify(f"encoding {recipe.clips} clips")
-    arrays, vae_config = files.network(out, "vae")
-    groups = make_groups(
-        autoencoder.build(vae_config, arrays, jnp.bfloat16),
-        images=images,
-        clips=recipe.clips,
-        seed=seed,
-        tell=lambda done, total: notify(f"{done} of {total} clips") if done % 4096 == 0 else None,
-    )
-    return Pool(
-        groups,
-        text,
-        images=images,
-        batch_size=recipe.batch_size,
-        seed=seed,
-        stills=recipe.stills,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """What the phases of a stage share; inputs: digests of the files that it reads."""
+
+    stage: str
+    out: Path
+    recipe: Recipe
+    inputs: dict[str, str]
+    tell: Callable[[loop.Report], None] | None
+    notify: Callable[[str], None]
+
+    def run(self, phase: Phase, params: Params, seed: int, *, begun: bool) -> State:
+        """One phase, from these weights or from its newest checkpoint.
+
+        seed: of its own, as each draws other clips. begun: whether another phase made the weights.
+        """
+        # Drawn only if there are steps to do.
+        pool = functools.cache(functools.partial(self._pool, phase, seed))
+        devices, rows = jax.devices(), self.recipe.batch_size
+        layout = sharding.make_layout(1, devices=devices[: math.gcd(len(devices), rows)])
+        frozen = {name: files.network(self.out, name)[0] for name in self.recipe.frozen}
+        steps = phase.stills + phase.moving
+        return loop.run(
+            params,
+            functools.partial(loss, self.stage),
+            lambda step: pool().batch(step),
+            self.out / self.stage / phase.name,
+            optimizer=OptimizerConfig(
+                steps=steps,
+                learning_rate=phase.learning_rate,
+                warmup_steps=min(300, steps // 10),
+                final_ratio=0.02,
+                beta2=0.98,
+                ema_decay=0.998,
+            ),
+            loop=loop.LoopConfig(seed=seed, log_every=50, checkpoint_every=1000),
+            facts={
+                "phase": list(phase),
+                "clips": self.recipe.clips,
+                "batch_size": rows,
+                "network": networks.DITS[self.stage].to_dict(),
+                "inputs": self.inputs,
+                "before": {k: files.digest(v) for k, v in params.items()} if begun else {},
+            },
+            frozen=layout.whole(frozen) if frozen else None,
+            place=layout.rows,
+            layout=layout,
+            on_report=self.tell,
+        )
+
+    def _pool(self, phase: Phase, seed: int) -> Pool:
+        """The clips of a phase, drawn and encoded."""
+        text = load_tokenizer(files.tokenizer(self.out))
+        images, clips = networks.DITS[self.stage].images, self.recipe.clips
+        self.notify(f"encoding {clips} clips")
+        arrays, vae_config = files.network(self.out, "vae")
+
+        def tell(done: int, total: int) -> None:
+            if done % 4096 == 0:
+                self.notify(f"{done} of {total} clips")
+
+        groups = make_groups(
+            autoencoder.build(vae_config, arrays, jnp.bfloat16),
+            images=images,
+            clips=clips,
+            pairs=phase.pairs,
+            seed=seed,
+            tell=tell,
+        )
+        return Pool(
+            groups,
+            text,
+            images=images,
+            batch_size=self.recipe.batch_size,
+            seed=seed,
+            stills=phase.stills,
+        )
 
 
-def finish(stage: str, out: Path, state: State) -> None:
-    """Write the averaged weights of all that learned, rounded as they are shipped."""
-    for name, arrays in state.ema.items():
+def finish(stage: str, out: Path, params: Params) -> None:
+    """Write the weights of all that learned, rounded as they are shipped."""
+    for name, arrays in params.items():
         configs = {"dit": networks.DITS[stage], "umt5": networks.UMT5, "clip": networks.CLIP}
         file = out / f"{files.parts(stage)[name]}.safetensors"
         files.write(file, files.rounded(arrays), configs[name].to_dict())
