@@ -90,10 +90,12 @@ def define_flags(
     switch("t5_cpu", False, "Run the text encoder on the CPU.")
     choice("dtype", "bfloat16", loading.DTYPES, "float32 is for comparing numbers.")
     string("cache_dir", None, "Where converted checkpoints are kept; default ~/.cache/wan_jax.")
-    for name in ("ulysses_size", "ring_size"):
-        integer(name, 1, "Devices that share one video; only 1 is supported so far.")
-    for name in ("dit_fsdp", "t5_fsdp"):
-        switch(name, False, "Shard the weights; not supported so far.")
+    text = "its devices share each video; while this and the other size are 1, they are chosen."
+    integer("ulysses_size", 1, f"Trades tokens for heads: {text}")
+    integer("ring_size", 1, f"Passes keys and values round: {text}")
+    text = "weights over the devices; chosen by their memory if neither this nor its no is given."
+    switch("dit_fsdp", None, f"Split the transformer's {text}")
+    switch("t5_fsdp", None, f"Split the text encoder's {text}")
     switch("use_prompt_extend", False, "Rewrite the prompt; not supported so far.")
     choice("prompt_extend_method", "local_qwen", ["dashscope", "local_qwen"], "How to rewrite it.")
     string("prompt_extend_model", None, "The model that rewrites it.")

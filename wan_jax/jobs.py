@@ -152,11 +152,9 @@ def _naming(flag: str, value: Any) -> Iterator[None]:
 
 def _check_unsupported(values: flags.FlagValues) -> None:
     for name in ("ulysses_size", "ring_size"):
-        if values[name].value != 1:
-            raise ValueError(f"--{name} is {values[name].value}; only 1 is supported so far")
-    for name in ("dit_fsdp", "t5_fsdp"):
-        if values[name].value:
-            raise ValueError(f"--{name} needs several devices, which are not supported so far")
+        size = getattr(values, name)
+        if size < 1:
+            raise ValueError(f"--{name} is {size}; 1 or more is needed")
     if values.use_prompt_extend:
         raise ValueError(
             "--use_prompt_extend is not supported so far; give the long prompt as --prompt"

@@ -309,9 +309,11 @@ class Wan:
             raise ValueError(
                 f"known is of a video of shape {given}; [t, h, w] = {wanted} is needed"
             )
-        done = start.done if isinstance(start, sampler.Carry) else 0
+        done = 0
         if isinstance(start, sampler.Carry):
-            start = start._replace(state=self._put(start.state))
+            done, start = start.done, start._replace(state=self._put(start.state))
+        else:
+            start = self._put(start)
 
         def on_step(carry: sampler.Carry, steps: int) -> None:
             if callback is not None:
@@ -362,8 +364,8 @@ class Wan:
             drawn = noise_module.initial_noise(
                 request.seed, request.num_videos, shape=request.latent_shape
             )
-            return self._put(jnp.tile(drawn, (len(request.prompts), 1, 1, 1, 1)))
-        return self._put(check_noise(noise, request.noise_shape))
+            return jnp.tile(drawn, (len(request.prompts), 1, 1, 1, 1))
+        return jnp.asarray(check_noise(noise, request.noise_shape))
 
 
 def _check_output(output: str) -> None:

@@ -5,12 +5,16 @@ as far as the heads divide; then a ring, which takes any number.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 
 from wan_jax.sharding import GUIDANCE, RING, ULYSSES, Layout, make_mesh
+
+# Weights that take no more of a device's memory are whole on each: gathering them costs time, and
+# the rest is room for activations and the other networks.
+_WHOLE_SHARE = 0.4
 
 
 class Plan(NamedTuple):
@@ -58,12 +62,16 @@ def choose(
     branches: int,
     ulysses: int | None = None,
     ring: int | None = None,
-    dit_fsdp: bool = False,
-    t5_fsdp: bool = False,
+    dit_fsdp: bool | None = None,
+    t5_fsdp: bool | None = None,
+    weights: Mapping[str, int] | None = None,
+    memory: int | None = None,
 ) -> Plan:
     """The plan for so many devices.
 
-    heads: of the DiT. branches: 2 with guidance, else 1. ulysses, ring: as flags; None is chosen.
+    heads: of the DiT. branches: 2 with guidance, else 1. ulysses, ring, dit_fsdp, t5_fsdp: as
+    flags; None is chosen. weights: {network: bytes}, memory: bytes of a device, by which it is
+    chosen whose weights are split; without them none are.
     Raises ValueError for what the devices or the heads do not allow, naming the nearest that they
     do.
     """
@@ -77,7 +85,18 @@ def choose(
     ]
     if not options:
         raise ValueError(_refusal(devices, heads, branches, ulysses, ring))
-    return options[0]._replace(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp)
+    large = _large(weights or {}, memory) if devices > 1 else ()
+    return options[0]._replace(
+        dit_fsdp="dit" in large if dit_fsdp is None else dit_fsdp,
+        t5_fsdp="umt5" in large if t5_fsdp is None else t5_fsdp,
+    )
+
+
+def _large(weights: Mapping[str, int], memory: int | None) -> tuple[str, ...]:
+    """The networks that are to be split: of more than a share of the device's memory."""
+    if memory is None:
+        return ()
+    return tuple(name for name, size in weights.items() if size > _WHOLE_SHARE * memory)
 
 
 def _all(devices: int, heads: int, branches: int) -> list[Plan]:

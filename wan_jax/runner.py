@@ -1,7 +1,6 @@
 """Makes the videos of a plan: progress, records, and what an interruption leaves."""
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from absl import flags
 
 import wan_jax
-from wan_jax import labels, loading, machine, media, noise, outputs, pipeline, resume
+from wan_jax import devices, labels, machine, media, noise, outputs, pipeline, resume
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.jobs import Plan
 from wan_jax.outputs import Job, record_path, target
@@ -33,7 +32,8 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         say(f"skipped {path}: it is there already")
     if not plan.jobs:
         return
-    start(values)
+    devices.start(values)
+    spread = devices.plan(values, plan.config, plan.jobs)
     report = Reporter()
     wan = wan_jax.load(
         plan.source,
@@ -42,6 +42,7 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         cache_dir=values.cache_dir,
         offload=values.offload_model,
         text_on_cpu=values.t5_cpu,
+        plan=spread,
         callback=report,
         notify=say,
     )
@@ -72,28 +73,6 @@ def _runs(values: flags.FlagValues, wan: wan_jax.Wan, jobs: Sequence[Job]) -> li
     for run in runs:
         run.job = run.job.with_seed(seeds.get(run.job.prompt))
     return runs
-
-
-def start(values: flags.FlagValues) -> None:
-    """Settle on a device; RuntimeError if JAX cannot start (without a plugin it only asserts)."""
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        named = os.environ.get("JAX_PLATFORMS", "")
-        raise RuntimeError(
-            f"JAX_PLATFORMS={named} has no device that starts here: {error}"
-        ) from None
-    if jax.default_backend() != "cpu" and not _cache_chosen():
-        # Programs are kept: the next run starts in seconds and, as what was tuned by timing is kept
-        # with them, gives the same bits.
-        programs = loading.local_cache(values.cache_dir) / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(programs))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _cache_chosen() -> bool:
-    """Whether the user has said where JAX keeps compiled programs."""
-    return bool(getattr(jax.config, "jax_compilation_cache_dir", None))
 
 
 def _make(

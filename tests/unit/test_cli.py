@@ -23,13 +23,20 @@ def parse(*arguments: str) -> flags.FlagValues:
     return values
 
 
+def environment(devices: int = 1) -> dict[str, str]:
+    """That of a script which finds so many devices."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    own = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+    return {**os.environ, **own}
+
+
 def script(
-    *arguments: str, cwd: Path, name: str = "run_t2v.py"
+    *arguments: str, cwd: Path, name: str = "run_t2v.py", devices: int = 1
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / name), *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=environment(devices),
         capture_output=True,
         text=True,
         check=False,
@@ -129,11 +136,11 @@ UNSAID = {
     "size": None,
     "frame_num": None,
     "offload_model": True,  # on one device
-    "ulysses_size": 1,
+    "ulysses_size": 1,  # both 1: chosen
     "ring_size": 1,
-    "t5_fsdp": False,
+    "t5_fsdp": None,  # chosen, on one device False
     "t5_cpu": False,
-    "dit_fsdp": False,
+    "dit_fsdp": None,
     "save_file": None,
     "use_prompt_extend": False,
     "prompt_extend_method": "local_qwen",

@@ -61,7 +61,7 @@ ORDER = (
     {"cli"},
     {"resume", "machine", "outputs", "prompts"},
     {"tasks"},
-    {"jobs"},
+    {"jobs", "devices"},
     {"runner"},
     {"training.optimizer", "training.metrics", "training.flow", "training.lora"},
     {"training.step"},

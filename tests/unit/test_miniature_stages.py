@@ -120,9 +120,7 @@ def test_a_stage_goes_on_only_with_the_tokenizer_it_began_with(out: Path, tmp_pa
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
-    with pytest.raises(
-        ValueError, match="t2v/words/checkpoints is of .* inputs = .*token"
-    ):
+    with pytest.raises(ValueError, match="t2v/words/checkpoints is of .* inputs = .*token"):
         transformer.train("t2v", tmp_path, seed=0, recipe=small_recipe("t2v"))
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import wan_jax
-from tests.unit.test_cli import ROOT, parse, script
+from tests.unit.test_cli import ROOT, environment, parse, script
 from tests.unit.test_media import decode
-from wan_jax import cli, jobs, labels, media, resume, runner
+from wan_jax import cli, devices, jobs, labels, media, resume, runner
 from wan_jax.sampler import Carry, State
 
 Run = Callable[..., None]
@@ -66,8 +66,9 @@ def test_script_makes_a_video_and_says_how_long_it_took(tmp_path: Path) -> None:
 def run(
     tiny_source: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Run:
-    """Runs the script's two halves in this process, on the tiny checkpoint, in tmp_path."""
+    """Runs the script's two halves in this process, on the tiny checkpoint and one device."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(devices, "plan", lambda *_: None)
 
     def run(*arguments: str) -> None:
         given = ["--ckpt_dir", str(tiny_source), "--cache_dir", str(tiny_cache), *arguments]
@@ -219,20 +220,18 @@ def test_a_signal_in_any_stage_keeps_what_there_is(
             os.kill(os.getpid(), signal.SIGTERM)
         tell(self, progress)
 
-    monkeypatch.setattr(cli.Reporter, "__call__", signalled)
-    monkeypatch.setattr(cli, "_received", [])
     arguments = ["--resume_dir", "states", "--save_file", "x.npz", "--base_seed", "1"]
     before = signal.signal(signal.SIGTERM, cli._terminated)
     try:
-        with pytest.raises(cli.Stopped) as stopped:
+        with monkeypatch.context() as patch, pytest.raises(cli.Stopped) as stopped:
+            patch.setattr(cli.Reporter, "__call__", signalled)
+            patch.setattr(cli, "_received", [])
             run(*arguments)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.status == 128 + signal.SIGTERM
     assert "the same command takes it up from" in str(stopped.value)
     assert not (tmp_path / "x.npz").exists()
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     run(*arguments)
     run("--save_file", "y.npz", "--base_seed", "1")
     with np.load("x.npz") as one, np.load("y.npz") as two:
@@ -270,7 +269,7 @@ def interrupted(*arguments: str, cwd: Path, signum: int) -> tuple[int, str]:
     with subprocess.Popen(
         [sys.executable, str(ROOT / "run_t2v.py"), *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=environment(),
         stderr=subprocess.PIPE,
     ) as process:
         assert process.stderr is not None

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,6 +204,18 @@ def test_every_number_of_devices_has_a_plan(devices: int) -> None:
 def test_sizes_that_cannot_be_are_refused(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plans.choose(8, heads=12, branches=2, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("given", "split"),
+    [({}, ("umt5",)), ({"t5_fsdp": False, "dit_fsdp": True}, ("dit",)), ({"memory": None}, ())],
+)
+def test_weights_that_are_large_for_a_device_are_split(
+    given: dict[str, Any], split: tuple[str, ...]
+) -> None:
+    facts = {"weights": {"dit": 3, "umt5": 11, "vae": 12}, "memory": 16} | given
+    assert plans.choose(8, heads=12, branches=2, **facts).split == split
+    assert plans.choose(1, heads=12, branches=2, **(facts | {"dit_fsdp": False})).split == ()
 
 
 def test_a_plan_for_more_devices_than_there_are_is_refused() -> None:

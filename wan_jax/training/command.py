@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from wan_jax import loading, runner, sharding, shipped
+from wan_jax import devices, loading, runner, sharding, shipped
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.config import WanConfig
 from wan_jax.pipeline import Wan
@@ -194,7 +194,7 @@ def _result(plan: Plan) -> Path:
 
 def execute(values: flags.FlagValues, plan: Plan) -> None:
     """Encode the data, train, write the result; Stopped after a signal and a checkpoint."""
-    runner.start(values)
+    devices.start(values)
     layout = _layout(plan.config)
     report = Reporter()
     source = loading.prepare(

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -85,6 +86,17 @@ class Folder:
 
 
 @functools.cache
+def sizes(config: WanConfig, dtype: jnp.dtype) -> dict[str, int]:
+    """{network: bytes of its weights on a device} of a checkpoint."""
+    return {
+        part: sum(
+            leaf.size * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(abstract_part(getattr(config, part), dtype))
+        )
+        for part in config.dit.parts
+    }
+
+
 def abstract_part(config: PartConfig, dtype: jnp.dtype) -> Any:
     """The network of this configuration with shapes in place of arrays.
 

@@ -1,0 +1,69 @@
+"""The devices of a run: JAX is started on them, and each is given its part of a video."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from wan_jax import loading, plans
+from wan_jax.cli import say
+from wan_jax.config import WanConfig
+from wan_jax.outputs import Job
+from wan_jax.weights import sources
+
+
+def start(values: flags.FlagValues) -> None:
+    """Settle on devices; RuntimeError if JAX cannot start (without a plugin it only asserts)."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        named = os.environ.get("JAX_PLATFORMS", "")
+        raise RuntimeError(
+            f"JAX_PLATFORMS={named} has no device that starts here: {error}"
+        ) from None
+    if jax.default_backend() != "cpu" and not _cache_chosen():
+        # Programs are kept: the next run starts in seconds and, as what was tuned by timing is kept
+        # with them, gives the same bits.
+        programs = loading.local_cache(values.cache_dir) / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(programs))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _cache_chosen() -> bool:
+    """Whether the user has said where JAX keeps compiled programs."""
+    return bool(getattr(jax.config, "jax_compilation_cache_dir", None))
+
+
+def plan(values: flags.FlagValues, config: WanConfig, jobs: Sequence[Job]) -> plans.Plan | None:
+    """How the devices share each video, as the flags say or chosen, and told; None for one device.
+
+    Raises ValueError naming a flag that cannot be met and the nearest that can.
+    """
+    count = jax.device_count()
+    if count == 1 and values.ulysses_size == values.ring_size == 1:
+        return None
+    # Both are 1 where the reference's command line says nothing of them.
+    said = values.ulysses_size > 1 or values.ring_size > 1
+    try:
+        chosen = plans.choose(
+            count,
+            heads=config.dit.num_heads,
+            branches=1 if all(job.request.guidance == 1.0 for job in jobs) else 2,
+            ulysses=values.ulysses_size if said else None,
+            ring=values.ring_size if said else None,
+            dit_fsdp=values.dit_fsdp,
+            t5_fsdp=values.t5_fsdp,
+            weights=sources.sizes(config, jnp.dtype(values.dtype)),
+            memory=_memory(),
+        )
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+    say(f"plan: {chosen}")
+    return chosen
+
+
+def _memory() -> int | None:
+    """Bytes that JAX may use of a device; None where it does not tell, as on the CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
