@@ -10,12 +10,13 @@ from pathlib import Path
 
 from absl import flags
 
-from wan_jax import cli, jobs, runner
+from wan_jax import cli, devices, jobs, runner
 from wan_jax.tasks import TEXT_TASKS
 
 
 def main(values: flags.FlagValues) -> None:
     """Check everything, then run."""
+    devices.join(values)
     runner.execute(values, jobs.plan(values, Path(__file__).parent / "configs"))
 
 

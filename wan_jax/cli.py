@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -13,7 +14,7 @@ from typing import Any, NoReturn, get_args
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from wan_jax import loading
+from wan_jax import hosts, loading
 from wan_jax.fitting import Fit
 from wan_jax.pipeline import Progress
 from wan_jax.sampler import DivergedError
@@ -96,6 +97,9 @@ def define_flags(
     text = "weights over the devices; chosen by their memory if neither this nor its no is given."
     switch("dit_fsdp", None, f"Split the transformer's {text}")
     switch("t5_fsdp", None, f"Split the text encoder's {text}")
+    string("coordinator_address", None, "host:port of process 0, if processes find no launcher.")
+    integer("num_processes", None, "How many processes make a video together; see there.")
+    integer("process_id", None, "The number of this one, from 0; see there.")
     switch("use_prompt_extend", False, "Rewrite the prompt; not supported so far.")
     choice("prompt_extend_method", "local_qwen", ["dashscope", "local_qwen"], "How to rewrite it.")
     string("prompt_extend_model", None, "The model that rewrites it.")
@@ -140,6 +144,11 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
             _fail(f"{error}{more}", status=error.status)
         except KeyboardInterrupt:
             _fail(f"interrupted{more}", status=128 + signal.SIGINT)
+        except Exception as error:
+            if hosts.count() > 1:  # the others would wait for this one
+                traceback.print_exc()
+                _fail(repr(error), status=1)
+            raise
 
     app.run(guarded, flags_parser=parse)
 
@@ -166,6 +175,8 @@ def _fail(message: str, *, status: int = 2) -> NoReturn:
         bar.close()  # or the message would stand behind a bar
     line = " ".join(message.split())[:_LINE]
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    if hosts.count() > 1:
+        hosts.leave(line, status)
     raise SystemExit(status)
 
 
@@ -185,6 +196,8 @@ class Reporter:
     def __call__(self, progress: Progress) -> None:
         if _received:
             _stop(_received[0])
+        if not hosts.is_first():
+            return
         if progress.done == 0 or self._bar is None:
             in_bytes = progress.stage in ("convert", "download", "upload", "export")
             self._bar = tqdm(
@@ -218,5 +231,6 @@ class Reporter:
 
 
 def say(message: str) -> None:
-    """A line on stderr, above a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """A line on stderr, above a progress bar; of several processes the first says it."""
+    if hosts.is_first():
+        tqdm.write(message, file=sys.stderr)

@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from wan_jax import loading, plans
+from wan_jax import hosts, loading, plans
 from wan_jax.cli import say
 from wan_jax.config import WanConfig
 from wan_jax.outputs import Job
 from wan_jax.weights import sources
+
+
+def join(values: flags.FlagValues) -> None:
+    """Find the other processes of the run, if there are any; see hosts.join()."""
+    hosts.join(values.coordinator_address, values.num_processes, values.process_id)
 
 
 def start(values: flags.FlagValues) -> None:

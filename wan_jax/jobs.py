@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from wan_jax import images, loading, media, noise_file, outputs, shipped, tasks
+from wan_jax import hosts, images, loading, media, noise_file, outputs, shipped, tasks
 from wan_jax.cli import Reporter, say
 from wan_jax.config import WanConfig
 from wan_jax.outputs import Job
@@ -55,7 +56,10 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
     given, known = values.ckpt_dir, outputs.Checkpoint(values.ckpt_dir)
     name = tasks.miniature(values, found) if given is None else given
     with _naming("ckpt_dir", name):
-        source = loading.fetch(name, cache_dir=values.cache_dir, callback=Reporter(), notify=say)
+        with hosts.in_turn():
+            source = loading.fetch(
+                name, cache_dir=values.cache_dir, callback=Reporter(), notify=say
+            )
         config = loading.read_config(source)
         if values.skip_existing:
             known = _known(values, source, loras)
@@ -70,7 +74,23 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
         say(f"no --ckpt_dir is given; for real videos: {tasks.real(values, config.images)}")
     if shipped.is_miniature(source):
         _warn_of_words(source, placed)
-    return Plan(source, config, tuple(placed), tuple(skipped), loras)
+    return Plan(source, config, _agreed(jobs, placed), tuple(skipped), loras)
+
+
+def _agreed(jobs: Sequence[Job], placed: Sequence[Job]) -> tuple[Job, ...]:
+    """Of several processes, in each the jobs that the first has placed, with its seeds.
+
+    Raises ValueError if they were not asked for the same.
+    """
+    asked = hosts.exchange(json.dumps([job.wanted for job in jobs], sort_keys=True))
+    if len(set(asked)) > 1:
+        raise ValueError("the processes were given different flags or files; all need the same")
+    seeds = [[job.prompt, job.settings["video"], job.request.seed] for job in placed]
+    told = json.loads(hosts.tell(json.dumps(seeds)))
+    if hosts.is_first():
+        return tuple(placed)
+    own = {(job.prompt, job.settings["video"]): job for job in jobs}
+    return tuple(own[prompt, video].with_seed(seed) for prompt, video, seed in told)
 
 
 def _loras(values: flags.FlagValues) -> tuple[adapters.Chosen, ...]:
@@ -275,7 +295,12 @@ def _jobs(
 def _placed(
     values: flags.FlagValues, jobs: Sequence[Job], known: outputs.Checkpoint
 ) -> tuple[list[Job], list[Path]]:
-    """The jobs to run, each with its output, and the outputs of those that are skipped."""
+    """The jobs to run, each with its output, and the outputs of those that are skipped.
+
+    Only the first process knows: where others run there may be no such folders.
+    """
+    if not hosts.is_first():
+        return list(jobs), []
     now = datetime.datetime.now()
     taken: set[Path] = set()
     placed, skipped = [], []

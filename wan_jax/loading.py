@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from wan_jax import shipped
+from wan_jax import apart, hosts, shipped
 from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
 from wan_jax.plans import Plan
@@ -335,7 +335,11 @@ def _converted(
         say(f"converting {source} once into {target}")
         if callback is not None:
             callback(Progress("convert", 0, 1))
-        convert(folder, target, dtype=dtype, callback=callback, scratch=_local(cache))
+        own: dict[str, Any] = {"dtype": dtype, "scratch": _local(cache), "remedy": _REMEDY}
+        if hosts.count() > 1:
+            apart.convert(source, target, on_bytes=in_bytes("convert", callback), **own)
+        else:
+            convert(folder, target, callback=callback, **own)
     return target
 
 

@@ -1,6 +1,7 @@
 """Where an interrupted run stood, on disk: the solver's state, to be taken up bit for bit."""
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wan_jax import files
+from wan_jax import files, hosts
 from wan_jax.sampler import Carry, State
 
 FORMAT = 2
@@ -29,6 +30,7 @@ class Saved(NamedTuple):
 class Store:
     """The state of one video in a folder; there is none until save() is called.
 
+    Of several processes the first reads and writes it; all call its methods alike.
     settings: what tells this video from others, as JSON; another setting is another state.
     """
 
@@ -40,10 +42,12 @@ class Store:
 
     def load(self) -> Saved | None:
         """The state, or None; ValueError naming the file if it is damaged."""
-        if not self.file.exists():
+        own = self.file.read_bytes() if hosts.is_first() and self.file.exists() else b""
+        content = hosts.tell_bytes(own)
+        if not content:
             return None
         try:
-            with self.file.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 facts = json.loads(str(arrays["facts"]))
                 state = State(*(arrays[name] for name in State._fields))
             carry = Carry(int(facts["done"]), state)
@@ -66,6 +70,8 @@ class Store:
         made_by: Mapping[str, Any],
     ) -> None:
         """Write the state, whole or not at all; see Saved. OSError if it cannot be written."""
+        if not hosts.is_first():
+            return
         facts = {
             "done": carry.done,
             "seed": seed,
@@ -80,4 +86,5 @@ class Store:
 
     def remove(self) -> None:
         """Forget the state: the video is finished."""
-        self.file.unlink(missing_ok=True)
+        if hosts.is_first():
+            self.file.unlink(missing_ok=True)

@@ -13,7 +13,18 @@ import numpy as np
 from absl import flags
 
 import wan_jax
-from wan_jax import devices, labels, machine, media, noise, outputs, pipeline, resume
+from wan_jax import (
+    devices,
+    hosts,
+    labels,
+    loading,
+    machine,
+    media,
+    noise,
+    outputs,
+    pipeline,
+    resume,
+)
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.jobs import Plan
 from wan_jax.outputs import Job, record_path, target
@@ -21,6 +32,7 @@ from wan_jax.pipeline import Progress
 from wan_jax.sampler import Carry, DivergedError
 
 Array = jax.Array
+_EVERY = 60.0  # seconds between states that are saved during the steps
 
 
 def execute(values: flags.FlagValues, plan: Plan) -> None:
@@ -35,8 +47,17 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
     devices.start(values)
     spread = devices.plan(values, plan.config, plan.jobs)
     report = Reporter()
+    with hosts.in_turn():
+        source = loading.prepare(
+            plan.source,
+            lora=plan.loras,
+            dtype=values.dtype,
+            cache_dir=values.cache_dir,
+            callback=report,
+            notify=say,
+        )
     wan = wan_jax.load(
-        plan.source,
+        source,
         lora=plan.loras,
         dtype=values.dtype,
         cache_dir=values.cache_dir,
@@ -44,8 +65,9 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         text_on_cpu=values.t5_cpu,
         plan=spread,
         callback=report,
-        notify=say,
     )
+    if len(set(hosts.exchange(wan.digest))) > 1:
+        raise ValueError(f"--ckpt_dir {values.ckpt_dir} is not the same in every process")
     runs = _runs(values, wan, plan.jobs)
     texts = list(dict.fromkeys(text for run in runs for text in run.texts()))
     contexts = dict(zip(texts, wan.encode_text(texts, report), strict=True)) if texts else {}
@@ -55,7 +77,7 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         try:
             _make(run, [contexts[text] for text in run.texts()], report, shared)
         except (ValueError, DivergedError, OSError, RuntimeError) as error:
-            if len(runs) == 1:
+            if len(runs) == 1 or hosts.count() > 1:  # the others wait for this one's part
                 raise
             failed += 1
             report.lap()
@@ -94,9 +116,14 @@ def _make(
         npz = job.output.suffix.lower() == ".npz"
         # One frame goes as floats: what becomes an image is rounded, what becomes a video is not.
         floats = npz or job.settings["frames"] == 1
+        frames = wan.decode(latents, dtype="float32" if floats else "uint8", callback=report)
+        if not hosts.is_first():
+            for _ in frames:
+                pass
+            return
         try:
             media.save_video(
-                wan.decode(latents, dtype="float32" if floats else "uint8", callback=report),
+                frames,
                 job.output,
                 fps=wan.config.defaults.fps,
                 latents=np.asarray(latents)[0] if npz else None,
@@ -107,6 +134,10 @@ def _make(
         labels.write_json(record, record_path(whole))
     run.finish()
     say(f"saved {media.output_path(job.output, job.settings['frames'])}")
+
+
+class _Agreed(Stopped):
+    """Stopped, in every process after the same step."""
 
 
 class _Images:
@@ -144,6 +175,7 @@ class _Run:
         self._earlier: dict[str, float] = {}  # seconds of interrupted runs, by stage
         self._now: dict[str, float] = {}
         self._store: resume.Store | None = None
+        self._saved_at = time.perf_counter()
         if values.resume_dir is not None:
             identity = job.wanted | {"checkpoint": wan.digest, "copy": job.copy}
             self._store = resume.Store(Path(values.resume_dir), identity)
@@ -173,17 +205,18 @@ class _Run:
             if progress.carry is not None and self._store is not None:
                 self._carry = progress.carry
                 self._now["denoise"] = time.perf_counter() - begun
-                if signals:
+                if hosts.any_of(bool(signals)):
                     step = f"stopped after step {progress.done} of {progress.total}"
-                    raise Stopped(step, signals[0])
+                    raise _Agreed(step, *signals[:1] or (signal.SIGTERM,))
+                self._save_now_and_then()
 
         known = self._images.encode(self.job, report)
         with held_back(active=self._store is not None) as signals:
             latents = self.wan.denoise(
                 self.job.request, np.stack(contexts), start, on_progress, known=known
             )
-            if signals:
-                raise Stopped("stopped after the last step", signals[0])
+            if self._store is not None and hosts.any_of(bool(signals)):
+                raise _Agreed("stopped after the last step", *signals[:1] or (signal.SIGTERM,))
         return latents
 
     def _start(self) -> Array | Carry:
@@ -208,15 +241,13 @@ class _Run:
             if self._store is None or self._carry is None:
                 raise
             try:
-                self._store.save(
-                    self._carry,
-                    seed=self.job.request.seed,
-                    seconds=_sums(self._earlier, self._now),
-                    made_by=self._made_by(),
-                )
+                self._save(self._store, self._carry)
             except (OSError, RuntimeError) as failure:  # also for buffers that a step had taken
                 say(f"the state cannot be saved: {failure}")
                 raise error from None  # the first is the one to tell
+            finally:
+                if isinstance(error, _Agreed):
+                    hosts.exchange("saved")  # a process that ends takes the others with it
             file = self._store.file
             if isinstance(error, Stopped):
                 raise Stopped(
@@ -224,6 +255,26 @@ class _Run:
                 ) from None
             say(f"the latents so far are in {file}; the same command takes them up")
             raise
+
+    def _save(self, store: resume.Store, carry: Carry) -> None:
+        store.save(
+            carry,
+            seed=self.job.request.seed,
+            seconds=_sums(self._earlier, self._now),
+            made_by=self._made_by(),
+        )
+        self._saved_at = time.perf_counter()
+
+    def _save_now_and_then(self) -> None:
+        """Now and then during the steps: who is killed, or loses another process, loses little."""
+        if time.perf_counter() - self._saved_at < _EVERY:
+            return
+        assert self._store is not None and self._carry is not None
+        try:
+            self._save(self._store, self._carry)
+        except OSError as error:
+            self._saved_at = time.perf_counter()
+            say(f"the state cannot be saved: {error}")
 
     def finish(self) -> None:
         """The video is there: the state is of no more use."""

@@ -5,6 +5,7 @@ guidance; "ring" and "ulysses", the tokens of a video (see sequence.py). In trai
 batch are split over all of them.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,8 +53,19 @@ class Layout(NamedTuple):
         return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(AXES)))
 
     def whole(self, tree: Any) -> Any:
-        """Arrays of the host on every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        """Arrays on every device; of several processes each has the same ones."""
+        where = NamedSharding(self.mesh, PartitionSpec())
+        if where.is_fully_addressable:
+            return jax.device_put(tree, where)
+        # device_put would compare what the processes have, and send it round for that.
+        return jax.tree.map(functools.partial(_everywhere, where), tree)
+
+
+def _everywhere(where: NamedSharding, array: Any) -> jax.Array:
+    if isinstance(array, jax.Array) and array.sharding.device_set == where.device_set:
+        return array  # what programs over all devices give is whole on each
+    own = np.asarray(array)
+    return jax.make_array_from_callback(own.shape, where, lambda index: own[index])
 
 
 def make_layout(

@@ -223,10 +223,11 @@ def test_a_signal_in_any_stage_keeps_what_there_is(
     arguments = ["--resume_dir", "states", "--save_file", "x.npz", "--base_seed", "1"]
     before = signal.signal(signal.SIGTERM, cli._terminated)
     try:
-        with monkeypatch.context() as patch, pytest.raises(cli.Stopped) as stopped:
+        with monkeypatch.context() as patch:
             patch.setattr(cli.Reporter, "__call__", signalled)
             patch.setattr(cli, "_received", [])
-            run(*arguments)
+            with pytest.raises(cli.Stopped) as stopped:
+                run(*arguments)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.status == 128 + signal.SIGTERM
