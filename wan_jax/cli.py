@@ -139,7 +139,8 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
                 word = "interrupted" if _received[0] == signal.SIGINT else "terminated"
                 _fail(f"{word}{more}", status=128 + _received[0])
             # A device without memory raises a RuntimeError.
-            _fail(str(error) or "no memory left", status=2 if isinstance(error, ValueError) else 1)
+            text = hosts.explained(error) or "no memory left"
+            _fail(text, status=2 if isinstance(error, ValueError) else 1)
         except Stopped as error:
             _fail(f"{error}{more}", status=error.status)
         except KeyboardInterrupt:

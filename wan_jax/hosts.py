@@ -204,6 +204,12 @@ def _is_timeout(error: Exception) -> bool:
 # Ends
 
 
+def explained(error: Exception) -> str:
+    """The text of an error, which may come of another process that is gone."""
+    lost = _me.total > 1 and isinstance(error, jax.errors.JaxRuntimeError)
+    return str(error) + ("; another process may be gone" if lost else "")
+
+
 def leave(message: str, status: int) -> NoReturn:
     """End this process, which failed, and with the message all others.
 
