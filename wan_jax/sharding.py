@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH, GUIDANCE, RING, ULYSSES = AXES = ("batch", "guidance", "ring", "ulysses")
@@ -91,9 +92,15 @@ def make_mesh(
 ) -> Mesh:
     """The mesh; what is left of the devices lies along "batch".
 
-    Neighbours in the list are Ulysses members, who tell each other most.
+    Ulysses members, who tell each other most, are neighbours in the list, as the GPUs of a host
+    are; those of a TPU are laid along its torus.
     """
-    return Mesh(np.array(devices).reshape(-1, guidance, ring, ulysses), AXES)
+    shape = (len(devices) // (guidance * ring * ulysses), guidance, ring, ulysses)
+    if devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.array(devices).reshape(shape)
+    return Mesh(grid, AXES)
 
 
 def weight_spec(
