@@ -30,6 +30,7 @@ CONFIG, MANIFEST, TOKENIZER = "config.json", "manifest.json", "tokenizer"
 FORMAT = 3
 _ADDED = "added"  # where parts that are added are written first
 SPARE = 2**26  # bytes of disk beyond the arrays: the tokenizer, indices, JSON
+_PIECE_BYTES = 2**25
 _GROUP_BYTES = 2**30  # arrays are handed to Orbax in groups of at most this, or alone
 _CONFIGS: dict[str, type[PartConfig]] = {
     "dit": DiTConfig,
@@ -203,6 +204,8 @@ def save_arrays(path: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
     options = ocp.Context()
     # Trained weights hardly compress: without, half the memory and twice the speed both ways.
     options.array.saving.use_compression = False
+    # A host of several reads the pieces that hold its share, where one piece would be read whole.
+    options.array.saving.storage_options.chunk_byte_size = _PIECE_BYTES
     group: dict[str, np.ndarray] = {}
     with options:
         for name, array in arrays:
