@@ -31,7 +31,7 @@ FORMAT = 3
 _ADDED = "added"  # where parts that are added are written first
 SPARE = 2**26  # bytes of disk beyond the arrays: the tokenizer, indices, JSON
 _PIECE_BYTES = 2**25
-_GROUP_BYTES = 2**30  # arrays are handed to Orbax in groups of at most this, or alone
+_GROUP_BYTES = 2**28  # arrays are handed to Orbax in groups of at most this, or alone
 _CONFIGS: dict[str, type[PartConfig]] = {
     "dit": DiTConfig,
     "vae": VAEConfig,
