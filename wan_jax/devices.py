@@ -11,7 +11,7 @@ from wan_jax import hosts, loading, plans
 from wan_jax.cli import say
 from wan_jax.config import WanConfig
 from wan_jax.outputs import Job
-from wan_jax.weights import sources
+from wan_jax.weights import remote, sources
 
 
 def join(values: flags.FlagValues) -> None:
@@ -31,9 +31,15 @@ def start(values: flags.FlagValues) -> None:
     if jax.default_backend() != "cpu" and not _cache_chosen():
         # Programs are kept: the next run starts in seconds and, as what was tuned by timing is kept
         # with them, gives the same bits.
-        programs = loading.local_cache(values.cache_dir) / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(programs))
+        jax.config.update("jax_compilation_cache_dir", _programs(values.cache_dir))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _programs(cache_dir: str | None) -> str:
+    """Where programs are kept: on this machine or, for several hosts, where all look."""
+    if hosts.count() > 1 and cache_dir is not None and remote.is_bucket(cache_dir):
+        return f"{cache_dir.rstrip('/')}/programs"
+    return str(loading.local_cache(cache_dir) / "programs")
 
 
 def _cache_chosen() -> bool:

@@ -1,6 +1,7 @@
 """Every stage of the miniature's training, with networks and clips that are much smaller."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from wan_jax.training.miniature import (
 )
 from wan_jax.training.miniature.render import render
 from wan_jax.training.step import State
+from wan_jax.weights import folders
 
 SIZES = ((48, 32),)
 PHASES = (
@@ -72,12 +74,17 @@ def small() -> pytest.MonkeyPatch:
 
 @pytest.fixture(scope="module")
 def out(small: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All stages, a few steps each."""
-    out = tmp_path_factory.mktemp("out")
-    write_byte_tokenizer(out / "tokenizer", vocab_size=384)
-    autoencoder.train(out, seed=0, phases=PHASES)
-    for stage in transformer.RECIPES:
-        transformer.train(stage, out, seed=0, recipe=small_recipe(stage))
+    """All stages, a few steps each, in one worker; others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "stages"
+    with folders.alone(out):
+        if not (out / "whole").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            write_byte_tokenizer(out / "tokenizer", vocab_size=384)
+            autoencoder.train(out, seed=0, phases=PHASES)
+            for stage in transformer.RECIPES:
+                transformer.train(stage, out, seed=0, recipe=small_recipe(stage))
+            (out / "whole").touch()
     return out
 
 
