@@ -78,19 +78,24 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
 
 
 def _agreed(jobs: Sequence[Job], placed: Sequence[Job]) -> tuple[Job, ...]:
-    """Of several processes, in each the jobs that the first has placed, with its seeds.
+    """Of several processes, in each the jobs that the first has placed, as it has them.
 
     Raises ValueError if they were not asked for the same.
     """
     asked = hosts.exchange(json.dumps([job.wanted for job in jobs], sort_keys=True))
     if len(set(asked)) > 1:
         raise ValueError("the processes were given different flags or files; all need the same")
-    seeds = [[job.prompt, job.settings["video"], job.request.seed] for job in placed]
-    told = json.loads(hosts.tell(json.dumps(seeds)))
-    if hosts.is_first():
+    if hosts.count() == 1:
         return tuple(placed)
+    facts = [
+        (job.prompt, job.settings["video"], job.request.seed, str(job.output)) for job in placed
+    ]
+    told = json.loads(hosts.tell(json.dumps(facts)))
     own = {(job.prompt, job.settings["video"]): job for job in jobs}
-    return tuple(own[prompt, video].with_seed(seed) for prompt, video, seed in told)
+    return tuple(
+        dataclasses.replace(own[prompt, video].with_seed(seed), output=Path(output))
+        for prompt, video, seed, output in told
+    )
 
 
 def _loras(values: flags.FlagValues) -> tuple[adapters.Chosen, ...]:

@@ -1,8 +1,9 @@
 """One mesh for everything: its axes, and where arrays lie on it.
 
 Axes, outermost first: "batch", videos or clips; "guidance", the two branches of classifier-free
-guidance; "ring" and "ulysses", the tokens of a video (see sequence.py). In training the rows of a
-batch are split over all of them.
+guidance; "ring" and "ulysses", the tokens of a video (see sequence.py). The last three share the
+columns of a video in the VAE (see columns.py). In training the rows of a batch are split over all
+of them.
 """
 
 import functools

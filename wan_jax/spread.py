@@ -1,9 +1,9 @@
-"""Networks on many devices: branches, tokens and weights spread over a mesh.
+"""Networks on many devices: branches, tokens, columns and weights spread over a mesh.
 
-One shard_map holds a whole network, so that what devices tell each other is written here and in
-sequence.py and nowhere else. Weights of which devices hold a share each are gathered when they are
-needed: those of the stack layer by layer. Latents are whole on every device of a video; they are
-small.
+One shard_map holds a whole network, so that what devices tell each other is written here, in
+sequence.py and in columns.py and nowhere else. Weights of which devices hold a share each are
+gathered when they are needed: those of the stack layer by layer. Latents are whole on every device
+of a video; they are small.
 """
 
 import functools
@@ -23,17 +23,23 @@ from wan_jax.sharding import BATCH, GUIDANCE, RING, ULYSSES, Layout
 
 Array = jax.Array
 Fetch = Callable[[Any], Any]  # makes the weights of one layer of a stack whole
-_WHOLE, _ROWS = PartitionSpec(), PartitionSpec(BATCH)
+WHOLE, _ROWS = PartitionSpec(), PartitionSpec(BATCH)
 _STACK = "layers"  # in every network that has one
 
 
 def program(
-    function: Callable[..., Any], layout: Layout | None, **arguments: Any
+    function: Callable[..., Any],
+    layout: Layout | None,
+    *,
+    given: Any = WHOLE,
+    found: Any = WHOLE,
+    **arguments: Any,
 ) -> Callable[..., Any]:
-    """xla.jit(function, **arguments), with a layout computed by every device of it alike.
+    """xla.jit(function, **arguments), with a layout computed by every device of it.
 
-    function: of a network, whose weights lie as layout.weights() says, and of arrays, which are
-    whole. It lets its keyword `fetch`, where that is not None, bring every layer of the stack.
+    function: of a network, whose weights lie as layout.weights() says, and of arrays. It lets its
+    keyword `fetch`, where that is not None, bring every layer of the stack. given, found: how the
+    arrays and the results lie on the devices, a PartitionSpec for all or a tuple of one for each.
     """
     if layout is None:
         return xla.jit(function, **arguments)
@@ -43,12 +49,17 @@ def program(
         weights = _Weights(network, layout)
 
         def run(leaves: Sequence[Array], arrays: Sequence[Any]) -> Any:
-            found, fetch = weights.gather(leaves)
-            return function(found, *arrays, fetch=fetch)
+            whole, fetch = weights.gather(leaves)
+            return function(whole, *arrays, fetch=fetch)
 
-        return _map(run, layout, (weights.specs, _WHOLE), _WHOLE)(weights.leaves, arrays)
+        return _map(run, layout, (weights.specs, given), found)(weights.leaves, arrays)
 
     return xla.jit(everywhere, **arguments)
+
+
+def make(function: Callable[[], Any], layout: Layout, spec: PartitionSpec) -> Callable[[], Any]:
+    """A program that gives arrays that lie so, each device making what function() says is its."""
+    return xla.jit(_map(function, layout, (), spec))
 
 
 def lies_on(network: Any, layout: Layout | None) -> bool:
@@ -91,7 +102,7 @@ def velocity(
         run = functools.partial(network, implementation=implementation, fetch=fetch)
         return _velocity(run, dit.config.patch_size, layout, branches, t, *arguments)
 
-    specs = (weights.specs, _WHOLE, branches, _WHOLE, [_ROWS] * len(given))
+    specs = (weights.specs, WHOLE, branches, WHOLE, [_ROWS] * len(given))
     mapped = _map(run, layout, specs, _ROWS)
     return mapped(weights.leaves, jnp.asarray(t, jnp.float32), conds, guidance, given)
 

@@ -1,7 +1,8 @@
 """The VAE chunk by chunk: compiled programs that hand the state on, frames in and out of the host.
 
 A program serves all chunks of a shape, and the state's buffers are reused, so memory does not grow
-with the length of a video.
+with the length of a video. With a layout each device has its columns of all but what goes in and
+out, which is whole on every device: a process of several can only read what its own devices have.
 """
 
 import functools
@@ -14,8 +15,11 @@ import numpy as np
 from jax import lax
 
 from wan_jax import spread, vae
+from wan_jax.columns import SPLIT, columns_on
+from wan_jax.config import VAEConfig
 from wan_jax.sampler import DivergedError
 from wan_jax.sharding import Layout
+from wan_jax.spread import WHOLE
 
 Array = jax.Array
 
@@ -32,20 +36,20 @@ def encode(
     what: str,
     layout: Layout | None = None,
 ) -> Iterator[np.ndarray]:
-    """Latents [1, 1, h, w, z] float32 of a video, a latent frame at a time.
+    """Latents [b, 1, h, w, z] float32 of a video, a latent frame at a time.
 
-    chunks: float32 in -1..1, [1, 1, y, x, 3] and then [1, 4, y, x, 3] each, as
+    chunks: float32 in -1..1, [b, 1, y, x, 3] and then [b, 4, y, x, 3] each, as
     conditioning.pixel_chunks or video_chunks give them. dtype: of the run, "bfloat16" or "float32".
     layout: of the devices that the network lies on; None is the first device.
     Raises DivergedError, which says `what` the video is, for latents that are not finite.
     """
-    config = network.config
+    stride = network.config.spatial_stride
     state: vae.State | None = None
     before: np.ndarray | None = None
     for i, pixels in enumerate(chunks):
         if state is None:
-            height, width = (side // config.spatial_stride for side in pixels.shape[2:4])
-            state = place(vae.encoder_state(config, 1, height=height, width=width), layout)
+            b, _, y, x, _ = pixels.shape
+            state = zeros(vae.encoder_state, network.config, (b, y // stride, x // stride), layout)
         if pixels is not before:  # grey chunks are one array, and cross to the device once
             placed, before = place(pixels, layout), pixels
         latents, state = _encode_program(i == 0, dtype, layout)(network, placed, state)
@@ -66,7 +70,7 @@ def decode(
     """
     b, count, height, width, _ = latents.shape
     chunk = max(k for k in range(1, DECODE_CHUNK + 1) if (count - 1) % k == 0)
-    state = place(vae.decoder_state(network.config, b, height=height, width=width), layout)
+    state = zeros(vae.decoder_state, network.config, (b, height, width), layout)
     latents = place(latents, layout)
     # One image is rounded, as the reference saves it; a video is truncated, as it writes those.
     rounding = 0.5 if count == 1 else 0.0
@@ -99,6 +103,35 @@ def place(tree: Any, layout: Layout | None) -> Any:
     return jax.device_put(tree, jax.devices()[0]) if layout is None else layout.whole(tree)
 
 
+def zeros(
+    make: Callable[..., vae.State],
+    config: VAEConfig,
+    shape: tuple[int, int, int],
+    layout: Layout | None,
+) -> vae.State:
+    """The state that vae.encoder_state or vae.decoder_state makes for latents [b, _, h, w, _].
+
+    With a layout no device ever holds more of it than is its own.
+    """
+    if layout is None:
+        b, height, width = shape
+        return place(make(config, b, height=height, width=width), None)
+    return _zeros_program(make, config, shape, layout)()
+
+
+@functools.cache
+def _zeros_program(
+    make: Callable[..., vae.State],
+    config: VAEConfig,
+    shape: tuple[int, int, int],
+    layout: Layout,
+) -> Callable[[], vae.State]:
+    b, height, width = shape
+    columns = columns_on(layout, width)
+    own = functools.partial(make, config, b, height=height, width=width, columns=columns)
+    return spread.make(own, layout, SPLIT)
+
+
 def _precision(dtype: str) -> lax.Precision:
     """The reference's: TF32 convolutions on NVIDIA; three bfloat16 passes are TPU's nearest."""
     if dtype == "float32":
@@ -115,9 +148,14 @@ def _encode_program(first: bool, dtype: str, layout: Layout | None) -> Callable[
         network: vae.VAE, pixels: Array, state: vae.State, *, fetch: None = None
     ) -> tuple[Array, vae.State]:
         del fetch  # the network has no stack of layers
-        return encode_chunk(network, pixels, state, precision=_precision(dtype))
+        columns = columns_on(layout, pixels.shape[3] // network.config.spatial_stride)
+        if columns is not None:
+            pixels = columns.take(pixels)
+        precision = _precision(dtype)
+        latents, state = encode_chunk(network, pixels, state, precision=precision, columns=columns)
+        return latents if columns is None else columns.join(latents), state
 
-    return spread.program(run, layout, donate_argnums=2)
+    return spread.program(run, layout, given=(WHOLE, SPLIT), found=(WHOLE, SPLIT), donate_argnums=2)
 
 
 @functools.cache
@@ -131,11 +169,20 @@ def _decode_program(
         network: vae.VAE, latents: Array, state: vae.State, rounding: Array, *, fetch: None = None
     ) -> tuple[Array, Array, vae.State]:
         del fetch
-        frames, state = decode_chunk(network, latents, state, precision=_precision(dtype))
+        columns = columns_on(layout, latents.shape[3])
+        if columns is not None:
+            latents = columns.take(latents)
+        precision = _precision(dtype)
+        frames, state = decode_chunk(network, latents, state, precision=precision, columns=columns)
+        if columns is not None:
+            frames = columns.real(frames)
         finite = jnp.all(jnp.isfinite(frames))
         if pixels == "uint8":
             levels = (frames + 1.0) * 0.5 * 255.0 + rounding
             frames = jnp.minimum(levels, 255.0).astype(jnp.uint8)
+        if columns is not None:  # as bytes, a quarter of what floats would be
+            frames, finite = columns.join(frames), columns.every(finite)
         return frames, finite, state
 
-    return spread.program(run, layout, donate_argnums=2)
+    given, found = (WHOLE, SPLIT, WHOLE), (WHOLE, WHOLE, SPLIT)
+    return spread.program(run, layout, given=given, found=found, donate_argnums=2)

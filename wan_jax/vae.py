@@ -7,41 +7,44 @@ drive them over a whole video in memory that, the output apart, does not grow wi
 
 Latents are normalised, float32, and never sampled: the encoder's mean is taken. Frames are RGB in
 -1..1. `precision` is that of the convolutions and counts for float32 weights only: DEFAULT is TF32
-on NVIDIA, what the reference runs in; HIGHEST is float32 everywhere.
+on NVIDIA, what the reference runs in; HIGHEST is float32 everywhere. With `columns`, inside
+shard_map, frames, latents and state are a device's share of them.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from wan_jax.columns import Columns
 from wan_jax.config import VAEConfig
 from wan_jax.layers import Array, Linear, RMSNorm
 from wan_jax.vae_blocks import (
     Blocks,
     CausalConv3D,
+    How,
     Middle,
-    MiddleState,
     Resample,
-    StageState,
     conv1x1,
     conv3d,
-    decoder_stages,
     downsample,
-    encoder_stages,
     middle,
-    middle_state,
     norm_silu,
     run_stage,
-    stage_state,
     upsample,
+)
+from wan_jax.vae_stages import (
+    RGB,
+    State,
+    decoder_stages,
+    decoder_state,
+    encoder_stages,
+    encoder_state,
 )
 
 HIGHEST = lax.Precision.HIGHEST
-RGB = 3
 
 
 class Encoder(nnx.Module):
@@ -93,81 +96,25 @@ class VAE(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs, dtype=dtype)
 
 
-class State(NamedTuple):
-    """Everything the encoder or the decoder remembers of the frames before this chunk."""
-
-    conv_in: Array
-    middle: MiddleState
-    stages: tuple[StageState, ...]
-    conv_out: Array
-
-
-def _zeros(
-    batch: int, dtype: jnp.dtype, height: int, width: int, *, frames: int = 2
-) -> Callable[[int], Array]:
-    return lambda d: jnp.zeros((batch, frames, height, width, d), dtype)
-
-
-def encoder_state(
-    config: VAEConfig, batch: int, *, height: int, width: int, dtype: jnp.dtype = jnp.float32
-) -> State:
-    """Zero state of the encoder.
-
-    height, width: of the latent grid. dtype: that of the weights.
-    """
-    plan = encoder_stages(config)
-    grids = [(height << up, width << up) for up in range(len(plan) - 1, -1, -1)]
-    pasts = [_zeros(batch, dtype, *grid) for grid in grids]
-    stages = []
-    for i, stage in enumerate(plan):
-        time = None
-        if stage.temporal:  # behind the halving of space, and one frame: it steps by two
-            time = _zeros(batch, dtype, *grids[i + 1], frames=1)(stage.d_out)
-        stages.append(stage_state(stage, pasts[i], time))
-    d = plan[-1].d_out
-    return State(pasts[0](RGB), middle_state(d, pasts[-1]), tuple(stages), pasts[-1](d))
-
-
-def decoder_state(
-    config: VAEConfig, batch: int, *, height: int, width: int, dtype: jnp.dtype = jnp.float32
-) -> State:
-    """Zero state of the decoder.
-
-    height, width: of the latent grid. dtype: that of the weights.
-    """
-    plan = decoder_stages(config)
-    pasts = [_zeros(batch, dtype, height << up, width << up) for up in range(len(plan))]
-    stages = tuple(
-        stage_state(stage, past, past(stage.d_out) if stage.temporal else None)
-        for stage, past in zip(plan, pasts, strict=True)
-    )
-    mid = middle_state(plan[0].d_in, pasts[0])
-    return State(pasts[0](config.z_dim), mid, stages, pasts[-1](plan[-1].d_out))
-
-
-def _run_encoder(
-    p: Encoder, x: Array, state: State, *, first: bool, precision: lax.Precision
-) -> tuple[Array, State]:
-    x, conv_in = conv3d(p.conv_in, x, state.conv_in, precision=precision)
+def _run_encoder(p: Encoder, x: Array, state: State, *, how: How) -> tuple[Array, State]:
+    x, conv_in = conv3d(p.conv_in, x, state.conv_in, how=how)
     stages = []
     for blocks, past in zip(p.stages, state.stages, strict=True):
-        x, after = run_stage(blocks, x, past, resample=downsample, first=first, precision=precision)
+        x, after = run_stage(blocks, x, past, resample=downsample, how=how)
         stages.append(after)
-    x, mid = middle(p.middle, x, state.middle, precision=precision)
-    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv_out, precision=precision)
+    x, mid = middle(p.middle, x, state.middle, how=how)
+    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv_out, how=how)
     return x, State(conv_in, mid, tuple(stages), conv_out)
 
 
-def _run_decoder(
-    p: Decoder, x: Array, state: State, *, first: bool, precision: lax.Precision
-) -> tuple[Array, State]:
-    x, conv_in = conv3d(p.conv_in, x, state.conv_in, precision=precision)
-    x, mid = middle(p.middle, x, state.middle, precision=precision)
+def _run_decoder(p: Decoder, x: Array, state: State, *, how: How) -> tuple[Array, State]:
+    x, conv_in = conv3d(p.conv_in, x, state.conv_in, how=how)
+    x, mid = middle(p.middle, x, state.middle, how=how)
     stages = []
     for blocks, past in zip(p.stages, state.stages, strict=True):
-        x, after = run_stage(blocks, x, past, resample=upsample, first=first, precision=precision)
+        x, after = run_stage(blocks, x, past, resample=upsample, how=how)
         stages.append(after)
-    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv_out, precision=precision)
+    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv_out, how=how)
     return x, State(conv_in, mid, tuple(stages), conv_out)
 
 
@@ -178,37 +125,29 @@ def _statistics(config: VAEConfig) -> tuple[Array, Array]:
     )
 
 
-def _moments(
-    vae: VAE, frames: Array, state: State, *, first: bool, precision: lax.Precision
-) -> tuple[Array, State]:
+def _moments(vae: VAE, frames: Array, state: State, *, how: How) -> tuple[Array, State]:
     """Means and log-variances of raw latents, [b, t, h, w, 2 z]."""
-    h, state = _run_encoder(vae.encoder, frames, state, first=first, precision=precision)
-    return conv1x1(vae.quant, h, precision=precision).astype(jnp.float32), state
+    h, state = _run_encoder(vae.encoder, frames, state, how=how)
+    return conv1x1(vae.quant, h, how=how).astype(jnp.float32), state
 
 
-def _encode(
-    vae: VAE, frames: Array, state: State, *, first: bool, precision: lax.Precision
-) -> tuple[Array, State]:
-    h, state = _moments(vae, frames, state, first=first, precision=precision)
+def _encode(vae: VAE, frames: Array, state: State, *, how: How) -> tuple[Array, State]:
+    h, state = _moments(vae, frames, state, how=how)
     mean, std = _statistics(vae.config)
     return (h[..., : vae.config.z_dim] - mean) / std, state
 
 
-def _frames(
-    vae: VAE, raw: Array, state: State, *, first: bool, precision: lax.Precision
-) -> tuple[Array, State]:
+def _frames(vae: VAE, raw: Array, state: State, *, how: How) -> tuple[Array, State]:
     """Frames of raw latents, not clipped."""
-    z = conv1x1(vae.post_quant, raw, precision=precision)
-    frames, state = _run_decoder(vae.decoder, z, state, first=first, precision=precision)
+    z = conv1x1(vae.post_quant, raw, how=how)
+    frames, state = _run_decoder(vae.decoder, z, state, how=how)
     return frames.astype(jnp.float32), state
 
 
-def _decode(
-    vae: VAE, latents: Array, state: State, *, first: bool, precision: lax.Precision
-) -> tuple[Array, State]:
+def _decode(vae: VAE, latents: Array, state: State, *, how: How) -> tuple[Array, State]:
     mean, std = _statistics(vae.config)
     raw = latents.astype(jnp.float32) * std + mean
-    frames, state = _frames(vae, raw, state, first=first, precision=precision)
+    frames, state = _frames(vae, raw, state, how=how)
     return jnp.clip(frames, -1.0, 1.0), state
 
 
@@ -232,7 +171,12 @@ def _check_one(name: str, value: Array) -> None:
 
 
 def encode_first(
-    vae: VAE, frame: Array, state: State, *, precision: lax.Precision = HIGHEST
+    vae: VAE,
+    frame: Array,
+    state: State,
+    *,
+    precision: lax.Precision = HIGHEST,
+    columns: Columns | None = None,
 ) -> tuple[Array, State]:
     """Latent of the first frame.
 
@@ -241,11 +185,16 @@ def encode_first(
     """
     _check_grid(vae.config, frame)
     _check_one("frame", frame)
-    return _encode(vae, frame, state, first=True, precision=precision)
+    return _encode(vae, frame, state, how=How(True, precision, columns))
 
 
 def encode_next(
-    vae: VAE, frames: Array, state: State, *, precision: lax.Precision = HIGHEST
+    vae: VAE,
+    frames: Array,
+    state: State,
+    *,
+    precision: lax.Precision = HIGHEST,
+    columns: Columns | None = None,
 ) -> tuple[Array, State]:
     """Latents of the frames after those that gave the state.
 
@@ -256,11 +205,16 @@ def encode_next(
     stride = vae.config.temporal_stride
     if frames.shape[1] % stride:
         raise ValueError(f"a chunk of {frames.shape[1]} frames; a multiple of {stride} is needed")
-    return _encode(vae, frames, state, first=False, precision=precision)
+    return _encode(vae, frames, state, how=How(False, precision, columns))
 
 
 def decode_first(
-    vae: VAE, latent: Array, state: State, *, precision: lax.Precision = HIGHEST
+    vae: VAE,
+    latent: Array,
+    state: State,
+    *,
+    precision: lax.Precision = HIGHEST,
+    columns: Columns | None = None,
 ) -> tuple[Array, State]:
     """The first frame.
 
@@ -269,11 +223,16 @@ def decode_first(
     """
     _check("latent", latent, vae.config.z_dim)
     _check_one("latent", latent)
-    return _decode(vae, latent, state, first=True, precision=precision)
+    return _decode(vae, latent, state, how=How(True, precision, columns))
 
 
 def decode_next(
-    vae: VAE, latents: Array, state: State, *, precision: lax.Precision = HIGHEST
+    vae: VAE,
+    latents: Array,
+    state: State,
+    *,
+    precision: lax.Precision = HIGHEST,
+    columns: Columns | None = None,
 ) -> tuple[Array, State]:
     """The frames of the latents after those that gave the state.
 
@@ -281,7 +240,7 @@ def decode_next(
     state.
     """
     _check("latents", latents, vae.config.z_dim)
-    return _decode(vae, latents, state, first=False, precision=precision)
+    return _decode(vae, latents, state, how=How(False, precision, columns))
 
 
 Step = Callable[..., tuple[Array, State]]
@@ -377,10 +336,11 @@ def moments(vae: VAE, frames: Array, *, precision: lax.Precision = HIGHEST) -> t
     stride = vae.config.spatial_stride
     batch, _, height, width, _ = frames.shape
     dtype = vae.encoder.conv_in.kernel.dtype
-    grid = {"height": height // stride, "width": width // stride}
-    state = encoder_state(vae.config, batch, dtype=dtype, **grid)
-    run = functools.partial(_moments, vae, precision=precision)
-    return tuple(jnp.split(_whole(run, frames, state), 2, axis=-1))  # type: ignore[return-value]
+    state = encoder_state(
+        vae.config, batch, height=height // stride, width=width // stride, dtype=dtype
+    )
+    both = _whole(functools.partial(_moments, vae), frames, state, precision=precision)
+    return tuple(jnp.split(both, 2, axis=-1))  # type: ignore[return-value]
 
 
 def reconstruct(vae: VAE, raw: Array, *, precision: lax.Precision = HIGHEST) -> Array:
@@ -388,12 +348,19 @@ def reconstruct(vae: VAE, raw: Array, *, precision: lax.Precision = HIGHEST) -> 
     batch, _, height, width, _ = raw.shape
     dtype = vae.decoder.conv_in.kernel.dtype
     state = decoder_state(vae.config, batch, height=height, width=width, dtype=dtype)
-    return _whole(functools.partial(_frames, vae, precision=precision), raw, state)
+    return _whole(functools.partial(_frames, vae), raw, state, precision=precision)
 
 
-def _whole(run: Callable[..., tuple[Array, State]], source: Array, state: State) -> Array:
+def _whole(
+    run: Callable[..., tuple[Array, State]],
+    source: Array,
+    state: State,
+    *,
+    precision: lax.Precision,
+) -> Array:
     """The first frame and then all others at once."""
-    head, state = run(source[:, :1], state, first=True)
+    head, state = run(source[:, :1], state, how=How(True, precision))
     if source.shape[1] == 1:
         return head
-    return jnp.concatenate([head, run(source[:, 1:], state, first=False)[0]], axis=1)
+    rest, _ = run(source[:, 1:], state, how=How(False, precision))
+    return jnp.concatenate([head, rest], axis=1)

@@ -1,14 +1,13 @@
-"""What the VAE's encoder and decoder are made of: blocks, their weights and their pasts.
+"""What the VAE's encoder and decoder are made of: blocks, and their weights.
 
 Arrays are [b, t, y, x, c]. A convolution over time takes the frames that came before its input,
 its past, and gives the past of the next chunk back; its padding in time is nothing but that.
-Activations have the dtype of the weights, norms are float32. `precision` is that of the
-convolutions (1x1 ones included) and counts for float32 weights only.
+Activations have the dtype of the weights, norms are float32.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,46 +16,23 @@ from flax import nnx
 from jax import lax
 
 from wan_jax.attention import attention
-from wan_jax.config import VAEConfig
+from wan_jax.columns import Columns
 from wan_jax.layers import Array, Linear, RMSNorm, normal
+from wan_jax.vae_stages import BlockState, MiddleState, Stage, StageState
+
+Padding = tuple[int, int]  # before and after, along one axis
 
 
-class Stage(NamedTuple):
-    """One resolution: residual blocks d_in -> d_out -> d_out ..., then a resampling or none."""
+class How(NamedTuple):
+    """How a chunk is run.
 
-    d_in: int
-    d_out: int
-    num_blocks: int
-    resample: bool
-    temporal: bool
+    first: it is the first frame of all. precision: of the convolutions, 1x1 ones included; it
+    counts for float32 weights only. columns: the share of them that the arrays are; None is all.
+    """
 
-
-def encoder_stages(config: VAEConfig) -> tuple[Stage, ...]:
-    """Stages of the encoder, finest first; stage i works at 1 / 2**i of the pixel grid."""
-    widths = [config.base_dim * m for m in (1, *config.dim_mult)]
-    last = len(config.dim_mult) - 1
-    temporal = (*config.temporal_downsample, False)
-    return tuple(
-        Stage(widths[i], widths[i + 1], config.num_res_blocks, i < last, temporal[i])
-        for i in range(last + 1)
-    )
-
-
-def decoder_stages(config: VAEConfig) -> tuple[Stage, ...]:
-    """Stages of the decoder, coarsest first; every upsampling halves the channels."""
-    widths = [config.base_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
-    last = len(config.dim_mult) - 1
-    temporal = (*reversed(config.temporal_downsample), False)
-    return tuple(
-        Stage(
-            widths[i] // 2 if i else widths[0],
-            widths[i + 1],
-            config.num_res_blocks + 1,
-            i < last,
-            temporal[i],
-        )
-        for i in range(last + 1)
-    )
+    first: bool
+    precision: lax.Precision
+    columns: Columns | None = None
 
 
 def _conv_kernel(shape: tuple[int, ...], rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.Param:
@@ -145,52 +121,13 @@ class Blocks(nnx.Module):
 # on a CPU all of it is 2 to 4 times faster. With more channels their threefold input costs more.
 _NARROW = 64
 
-Past = Callable[[int], Array]
 
-
-class BlockState(NamedTuple):
-    """Pasts of one residual block, [b, 2, y, x, c] each."""
-
-    conv1: Array
-    conv2: Array
-
-
-class StageState(NamedTuple):
-    """Pasts of one stage; time is that of its resampling in time, if it has one."""
-
-    blocks: tuple[BlockState, ...]
-    time: Array | None
-
-
-class MiddleState(NamedTuple):
-    """Pasts of the middle's two residual blocks."""
-
-    block1: BlockState
-    block2: BlockState
-
-
-def block_state(d_in: int, d_out: int, past: Past) -> BlockState:
-    """Zero state of a residual block; past(d) makes zeros of d channels."""
-    return BlockState(past(d_in), past(d_out))
-
-
-def middle_state(d: int, past: Past) -> MiddleState:
-    """Zero state of the middle."""
-    return MiddleState(block_state(d, d, past), block_state(d, d, past))
-
-
-def stage_state(stage: Stage, past: Past, time: Array | None) -> StageState:
-    """Zero state of a stage whose resampling in time has this past."""
-    widths = (stage.d_in, *(stage.d_out for _ in range(stage.num_blocks - 1)))
-    return StageState(tuple(block_state(d, stage.d_out, past) for d in widths), time)
-
-
-def _precision(kernel: Array, precision: lax.Precision) -> lax.Precision:
-    return precision if kernel.dtype == jnp.float32 else lax.Precision.DEFAULT
+def _precision(kernel: Array, how: How) -> lax.Precision:
+    return how.precision if kernel.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def conv3d(
-    p: CausalConv3D, x: Array, past: Array, *, precision: lax.Precision, stride: int = 1
+    p: CausalConv3D, x: Array, past: Array, *, how: How, stride: int = 1
 ) -> tuple[Array, Array]:
     """Convolution of past and x over time and space; the output, and the past of the next chunk.
 
@@ -198,31 +135,56 @@ def conv3d(
     inside the convolution; padding the time axis there would cost a copy of the input.
     """
     kernel = p.kernel[...]
-    frames = jnp.concatenate([past, x.astype(kernel.dtype)], axis=1)
+    even = [(size // 2, size // 2) for size in kernel.shape[2:4]]
+    frames, padding = _given(x.astype(kernel.dtype), past, even, how=how)
     narrow = max(kernel.shape[0], kernel.shape[-1]) <= _NARROW
     run = _conv3d_by_frames if narrow else _conv3d
-    y = run(kernel, frames, stride, precision=_precision(kernel, precision))
-    return y + p.bias[...], frames[:, -past.shape[1] :]
+    after = frames[:, -past.shape[1] :]
+    if how.columns is not None:
+        # Else XLA, who delays what nobody waits for to hide what devices tell each other, cuts the
+        # pasts at the end and keeps the frames of every layer: 9.1 GB in place of 3.0 at 720P.
+        frames, after = lax.optimization_barrier((frames, after))
+    y = run(kernel, frames, stride, padding=padding, precision=_precision(kernel, how))
+    return y + p.bias[...], after
 
 
-def _space(kernel: Array) -> list[tuple[int, int]]:
-    """Even padding in space for kernel [..., y, x, d_in]."""
-    return [(size // 2, size // 2) for size in kernel.shape[-3:-1]]
+def _given(
+    x: Array, past: Array | None, padding: Sequence[Padding], *, how: How
+) -> tuple[Array, Sequence[Padding]]:
+    """What a convolution is given for x, and the padding along y and x that is left to it.
+
+    A share of the columns gets those of its neighbours in place of padding.
+    """
+    if how.columns is not None and any(padding[1]):
+        return how.columns.widen(x, padding[1], past=past), [padding[0], (0, 0)]
+    return x if past is None else jnp.concatenate([past, x], axis=1), padding
 
 
-def _conv3d(kernel: Array, frames: Array, stride: int, *, precision: lax.Precision) -> Array:
+def _conv3d(
+    kernel: Array,
+    frames: Array,
+    stride: int,
+    *,
+    padding: Sequence[Padding],
+    precision: lax.Precision,
+) -> Array:
     return lax.conv_general_dilated(
         frames,
         kernel,
         (stride, 1, 1),
-        [(0, 0), *_space(kernel)],
+        [(0, 0), *padding],
         dimension_numbers=("NDHWC", "ODHWI", "NDHWC"),
         precision=precision,
     )
 
 
 def _conv3d_by_frames(
-    kernel: Array, frames: Array, stride: int, *, precision: lax.Precision
+    kernel: Array,
+    frames: Array,
+    stride: int,
+    *,
+    padding: Sequence[Padding],
+    precision: lax.Precision,
 ) -> Array:
     """The same, as a convolution of single frames whose channels are those of a whole window."""
     d_out, window, *space, d_in = kernel.shape
@@ -233,37 +195,36 @@ def _conv3d_by_frames(
         stacked.reshape(-1, *stacked.shape[2:]),
         jnp.moveaxis(kernel, 1, 3).reshape(d_out, *space, window * d_in),
         (1, 1),
-        _space(kernel),
+        padding,
         dimension_numbers=("NHWC", "OHWI", "NHWC"),
         precision=precision,
     )
     return y.reshape(*stacked.shape[:2], *y.shape[1:])
 
 
-def conv2d(
-    p: Conv2D, x: Array, *, precision: lax.Precision, stride: int, padding: tuple[int, int]
-) -> Array:
+def conv2d(p: Conv2D, x: Array, *, how: How, stride: int, padding: Padding) -> Array:
     """3x3 convolution of every frame, padded by (before, after) on both axes."""
     kernel = p.kernel[...]
+    x, both = _given(x.astype(kernel.dtype), None, [padding, padding], how=how)
     y = lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[2:]).astype(kernel.dtype),
+        x.reshape(-1, *x.shape[2:]),
         kernel,
         (stride, stride),
-        [padding, padding],
+        both,
         dimension_numbers=("NHWC", "OHWI", "NHWC"),
-        precision=_precision(kernel, precision),
+        precision=_precision(kernel, how),
     )
     return y.reshape(*x.shape[:2], *y.shape[1:]) + p.bias[...]
 
 
-def conv1x1(p: Linear, x: Array, *, precision: lax.Precision) -> Array:
+def conv1x1(p: Linear, x: Array, *, how: How) -> Array:
     """Product over the channels at a convolution's precision, as the reference runs it."""
     kernel = p.kernel[...]
     y = lax.dot_general(
         x.astype(kernel.dtype),
         kernel,
         (((x.ndim - 1,), (0,)), ((), ())),
-        precision=_precision(kernel, precision),
+        precision=_precision(kernel, how),
         preferred_element_type=jnp.float32,
     )
     if p.bias is not None:
@@ -288,65 +249,64 @@ def norm_silu(p: RMSNorm, x: Array) -> Array:
 
 
 def residual_block(
-    p: ResidualBlock, x: Array, state: BlockState, *, precision: lax.Precision
+    p: ResidualBlock, x: Array, state: BlockState, *, how: How
 ) -> tuple[Array, BlockState]:
     """The block and its next state."""
-    h, past1 = conv3d(p.conv1, norm_silu(p.norm1, x), state.conv1, precision=precision)
-    h, past2 = conv3d(p.conv2, norm_silu(p.norm2, h), state.conv2, precision=precision)
+    h, past1 = conv3d(p.conv1, norm_silu(p.norm1, x), state.conv1, how=how)
+    h, past2 = conv3d(p.conv2, norm_silu(p.norm2, h), state.conv2, how=how)
     if p.shortcut is not None:
-        x = conv1x1(p.shortcut, x, precision=precision)
+        x = conv1x1(p.shortcut, x, how=how)
     return x + h, BlockState(past1, past2)
 
 
-def attention_block(p: AttentionBlock, x: Array, *, precision: lax.Precision) -> Array:
+def attention_block(p: AttentionBlock, x: Array, *, how: How) -> Array:
     """Self-attention within each frame. Its own products are float32 for float32 weights."""
-    b, t, height, width, c = x.shape
-    qkv = conv1x1(p.qkv, norm(p.norm, x), precision=precision)
-    q, k, v = jnp.split(qkv.reshape(b * t, height * width, 1, 3 * c), 3, axis=-1)
+    frames, c = x.shape[0] * x.shape[1], x.shape[-1]
+    q, kv = jnp.split(conv1x1(p.qkv, norm(p.norm, x), how=how), [c], axis=-1)
+    if how.columns is not None:
+        kv = how.columns.join(kv)
+    k, v = jnp.split(kv.reshape(frames, -1, 1, 2 * c), 2, axis=-1)
+    q = q.reshape(frames, -1, 1, c)
     h = attention(q, k, v, implementation="chunked").reshape(x.shape)
-    return x + conv1x1(p.out, h, precision=precision)
+    return x + conv1x1(p.out, h, how=how)
 
 
-def middle(
-    p: Middle, x: Array, state: MiddleState, *, precision: lax.Precision
-) -> tuple[Array, MiddleState]:
+def middle(p: Middle, x: Array, state: MiddleState, *, how: How) -> tuple[Array, MiddleState]:
     """The middle of either network and its next state."""
-    x, past1 = residual_block(p.block1, x, state.block1, precision=precision)
-    x = attention_block(p.attention, x, precision=precision)
-    x, past2 = residual_block(p.block2, x, state.block2, precision=precision)
+    x, past1 = residual_block(p.block1, x, state.block1, how=how)
+    x = attention_block(p.attention, x, how=how)
+    x, past2 = residual_block(p.block2, x, state.block2, how=how)
     return x, MiddleState(past1, past2)
 
 
 def downsample(
-    p: Resample, x: Array, past: Array | None, *, first: bool, precision: lax.Precision
+    p: Resample, x: Array, past: Array | None, *, how: How
 ) -> tuple[Array, Array | None]:
     """Halve space, then time where `p.time` says so; the first frame of all stays as it is.
 
     The last row and column are zero-padded, the first are not.
     """
-    x = conv2d(p.space, x, precision=precision, stride=2, padding=(0, 1))
+    x = conv2d(p.space, x, how=how, stride=2, padding=(0, 1))
     if p.time is None or past is None:
         return x, past
-    if first:
+    if how.first:
         return x, x
-    return conv3d(p.time, x, past, precision=precision, stride=2)
+    return conv3d(p.time, x, past, how=how, stride=2)
 
 
-def upsample(
-    p: Resample, x: Array, past: Array | None, *, first: bool, precision: lax.Precision
-) -> tuple[Array, Array | None]:
+def upsample(p: Resample, x: Array, past: Array | None, *, how: How) -> tuple[Array, Array | None]:
     """Double time where `p.time` says so, then space by repetition.
 
     The first frame of all is not doubled, and is not remembered either: the frame after it sees
     zeros for a past (Wan2.1 wan/modules/vae.py, Resample).
     """
-    if p.time is not None and past is not None and not first:
+    if p.time is not None and past is not None and not how.first:
         b, t, height, width, c = x.shape
-        y, past = conv3d(p.time, x, past, precision=precision)
+        y, past = conv3d(p.time, x, past, how=how)
         y = y.reshape(b, t, height, width, 2, c)  # halves of the channels: even, odd frames
         x = jnp.moveaxis(y, 4, 2).reshape(b, 2 * t, height, width, c)
     x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-    return conv2d(p.space, x, precision=precision, stride=1, padding=(1, 1)), past
+    return conv2d(p.space, x, how=how, stride=1, padding=(1, 1)), past
 
 
 def run_stage(
@@ -355,15 +315,14 @@ def run_stage(
     state: StageState,
     *,
     resample: Callable[..., tuple[Array, Array | None]],
-    first: bool,
-    precision: lax.Precision,
+    how: How,
 ) -> tuple[Array, StageState]:
     """The blocks of one stage, then `resample` (downsample or upsample) if it has one."""
     pasts = []
     for block, block_state in zip(p.blocks, state.blocks, strict=True):
-        x, past = residual_block(block, x, block_state, precision=precision)
+        x, past = residual_block(block, x, block_state, how=how)
         pasts.append(past)
     time = state.time
     if p.resample is not None:
-        x, time = resample(p.resample, x, time, first=first, precision=precision)
+        x, time = resample(p.resample, x, time, how=how)
     return x, StageState(tuple(pasts), time)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from wan_jax.config import VAEConfig
-from wan_jax.vae_blocks import Stage, decoder_stages, encoder_stages
+from wan_jax.vae_stages import Stage, decoder_stages, encoder_stages
 from wan_jax.weights import facts
 from wan_jax.weights.rules import CONV2D, CONV3D, NAMINGS, SAME, Layout, Rule, Shape, Table
 
