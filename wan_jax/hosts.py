@@ -124,7 +124,7 @@ def _number(name: str) -> int:
 def _on_tpu() -> bool:
     """Whether this host has TPU chips, which may be part of a pod."""
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+    return bool(chips) and (os.environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu")
 
 
 def _remember() -> None:

@@ -121,7 +121,8 @@ def _refusal(devices: int, heads: int, branches: int, ulysses: int | None, ring:
     nearest = min(_all(devices, heads, branches), key=distance)
     flags = {"ulysses_size": ulysses, "ring_size": ring}
     given = ", ".join(f"{name} {value}" for name, value in flags.items() if value is not None)
-    why = f"the {heads} heads" if ulysses is not None and heads % ulysses else f"{devices} devices"
+    there = "one device" if devices == 1 else f"{devices} devices"
+    why = f"the {heads} heads" if ulysses is not None and heads % ulysses else there
     return (
         f"{given} cannot be had with {why}; the nearest is ulysses_size {nearest.ulysses}, "
         f"ring_size {nearest.ring}"
