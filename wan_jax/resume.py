@@ -42,10 +42,9 @@ class Store:
 
     def load(self) -> Saved | None:
         """The state, or None; ValueError naming the file if it is damaged."""
-        own = self.file.read_bytes() if hosts.is_first() and self.file.exists() else b""
-        content = hosts.tell_bytes(own)
-        if not content:
+        if not hosts.any_of(hosts.is_first() and self.file.exists()):
             return None
+        content = hosts.tell_bytes(self.file.read_bytes() if hosts.is_first() else b"")
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 facts = json.loads(str(arrays["facts"]))
