@@ -68,6 +68,20 @@ def partial_attention(
     return jnp.where(some, out, 0), jnp.where(some, weight, _LOWEST)
 
 
+def counted_attention(q_bsnk: Array, k_bsnk: Array, v_bsnk: Array, log_count: Array) -> Array:
+    """attention() over keys of which the last is there several times; for few keys, in plain XLA.
+
+    log_count: float32, the logarithm of how often. All scores are held at once.
+    """
+    _checked(q_bsnk, k_bsnk, v_bsnk, "chunked")
+    product = functools.partial(
+        jnp.einsum, precision=precision_of(q_bsnk.dtype), preferred_element_type=jnp.float32
+    )
+    scores = product("bsnk,btnk->bnst", q_bsnk, k_bsnk) * (1.0 / math.sqrt(q_bsnk.shape[-1]))
+    weights = jax.nn.softmax(scores.at[..., -1].add(log_count), axis=-1).astype(v_bsnk.dtype)
+    return product("bnst,btnk->bsnk", weights, v_bsnk).astype(q_bsnk.dtype)
+
+
 def merge(parts: Iterable[tuple[Array, Array]]) -> Array:
     """attention() over all keys, from those of partial_attention() over disjoint shares of them."""
     first, *others = parts

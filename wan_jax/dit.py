@@ -22,7 +22,7 @@ from flax import nnx
 from jax import lax
 
 from wan_jax import rope
-from wan_jax.attention import attention, is_attention
+from wan_jax.attention import attention, counted_attention, is_attention
 from wan_jax.config import DiTConfig
 from wan_jax.layers import (
     LayerNorm,
@@ -48,13 +48,15 @@ class Cond(NamedTuple):
     """Cross-attention keys and values of every block, [i, b, s, n, k] in the kernels' dtype.
 
     k_img, v_img: those of the image tokens, which share the queries and have a softmax of their
-    own; None in text to video.
+    own; None in text to video. padding: float32 [i], the logarithm of how often the last text token
+    is there; None is once.
     """
 
     k: Array
     v: Array
     k_img: Array | None = None
     v_img: Array | None = None
+    padding: Array | None = None
 
 
 @functools.partial(
@@ -154,12 +156,15 @@ class DiT(nnx.Module):
         image_bsd: Array | None = None,
         *,
         fetch: Callable[[Block], Block] | None = None,
+        fold: bool = False,
     ) -> Cond:
         """Text states [b, s <= text_len, text_dim] -> keys and values of every block.
 
         image_bsd: CLIP's tokens [b, s, image_dim], where the network takes an image; those of a
         first and a last frame one after the other. Rows past the text are zero and stay in: the
-        network attends to them (Wan2.1 text_len pads). fetch: see blocks().
+        network attends to them (Wan2.1 text_len pads). fetch: see blocks(). fold: those rows, which
+        are all the same, become one token that counts as often as they are there: the same to a
+        rounding, and much less work for few video tokens.
         """
         _, s, width = context_bsd.shape
         if s > self.config.text_len or width != self.config.text_dim:
@@ -167,7 +172,9 @@ class DiT(nnx.Module):
                 f"context has shape {context_bsd.shape}; at most {self.config.text_len} rows of "
                 f"width {self.config.text_dim} are needed"
             )
-        context = jnp.pad(context_bsd, ((0, 0), (0, self.config.text_len - s), (0, 0)))
+        missing = self.config.text_len - s
+        fold = fold and missing > 0
+        context = jnp.pad(context_bsd, ((0, 0), (0, 1 if fold else missing), (0, 0)))
         text = linear(self.text_out, gelu_tanh(linear(self.text_in, context)))
         image = self._image_tokens(image_bsd)
 
@@ -181,7 +188,10 @@ class DiT(nnx.Module):
                 *pair, *self._keys_and_values(weights.k_img, norm, weights.v_img, image)
             )
 
-        return lax.scan(keys_and_values, None, self.layers)[1]
+        cond = lax.scan(keys_and_values, None, self.layers)[1]
+        if fold:
+            cond = cond._replace(padding=jnp.full(cond.k.shape[:1], np.log(missing), jnp.float32))
+        return cond
 
     def embed(
         self, latents_bthwc: Array, t_b: Array, *, share: Share | None = None
@@ -322,7 +332,10 @@ class DiT(nnx.Module):
         weights = layer.cross_attn
         q = rms_norm(weights.norm_q, linear(weights.q, _norm3(layer, h, eps)), eps=eps)
         q = self._heads(q.astype(kv.k.dtype))
-        y = attention(q, kv.k, kv.v, implementation=implementation)
+        if kv.padding is None:
+            y = attention(q, kv.k, kv.v, implementation=implementation)
+        else:
+            y = counted_attention(q, kv.k, kv.v, kv.padding)
         if kv.k_img is not None and kv.v_img is not None:
             y = y + attention(q, kv.k_img, kv.v_img, implementation=implementation)
         h = h + linear(weights.o, y.reshape(h.shape)).astype(jnp.float32)

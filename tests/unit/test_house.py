@@ -81,7 +81,7 @@ ORDER = (
         "training.miniature.files",
     },
     {"training.miniature.networks"},
-    {"training.miniature.autoencoder", "training.miniature.text"},
+    {"training.miniature.autoencoder", "training.miniature.text", "training.miniature.reader"},
     {"training.miniature.pool"},
     {"training.miniature.transformer"},
     {"training.miniature.evaluate", "training.miniature.pack", "training.miniature.examples"},

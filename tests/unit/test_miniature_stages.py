@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from wan_jax.training.miniature import (
     files,
     networks,
     pool,
+    reader,
     transformer,
     world,
 )
@@ -32,6 +34,7 @@ PHASES = (
     autoencoder.Phase("draw", 3, 2, 1e-3, 1e-5),
     autoencoder.Phase("settle", 0, 1, 5e-4, 1e-3),
 )
+READER = reader.RECIPE._replace(steps=2, batch_size=2, scenes=4, captions=2)
 _DIT = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, text_len=80)
 _IMAGE = {"in_channels": 36, "image_dim": 32}
 
@@ -82,6 +85,7 @@ def out(small: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> 
             shutil.rmtree(out, ignore_errors=True)
             write_byte_tokenizer(out / "tokenizer", vocab_size=384)
             autoencoder.train(out, seed=0, phases=PHASES)
+            reader.train(out, seed=0, recipe=READER)
             for stage in transformer.RECIPES:
                 transformer.train(stage, out, seed=0, recipe=small_recipe(stage))
             (out / "whole").touch()
@@ -97,8 +101,8 @@ def small_recipe(stage: str) -> transformer.Recipe:
 
 def test_every_stage_writes_what_learned(out: Path) -> None:
     names = {path.stem for path in out.glob("*.safetensors")}
-    assert names == {"vae", "umt5", "clip", "t2v", "i2v", "flf2v"}
-    runs = {"vae/draw": 5, "vae/settle": 1, "t2v/words": 3, "t2v/pairs": 3}
+    assert names == {"vae", "reader", "umt5", "clip", "t2v", "i2v", "flf2v"}
+    runs = {"vae/draw": 5, "vae/settle": 1, "reader": 2, "t2v/texts": 3}
     runs |= {"i2v/images": 2, "flf2v/images": 2}
     for stage, steps in runs.items():
         lines = metrics.read(out / stage / metrics.FILE)
@@ -127,7 +131,7 @@ def test_a_stage_goes_on_only_with_the_tokenizer_it_began_with(out: Path, tmp_pa
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
-    with pytest.raises(ValueError, match="t2v/words/checkpoints is of .* inputs = .*token"):
+    with pytest.raises(ValueError, match="t2v/texts/checkpoints is of .* inputs = .*token"):
         transformer.train("t2v", tmp_path, seed=0, recipe=small_recipe("t2v"))
 
 
@@ -205,13 +209,20 @@ def test_a_stage_says_which_comes_before(small: pytest.MonkeyPatch, tmp_path: Pa
     write_byte_tokenizer(tmp_path / "tokenizer", vocab_size=384)
     with pytest.raises(ValueError, match="vae.safetensors does not exist; run the stage 'vae'"):
         transformer.train("t2v", tmp_path, seed=0)
+    (tmp_path / "vae.safetensors").touch()
+    with pytest.raises(ValueError, match="reader.safetensors does not exist; run .* 'reader'"):
+        transformer.train("t2v", tmp_path, seed=0)
+    with pytest.raises(ValueError, match="tokenizer does not exist; run the stage 'tokenizer'"):
+        reader.train(tmp_path / "none", seed=0)
 
 
 def test_every_file_has_the_stage_that_makes_it(tmp_path: Path) -> None:
-    made = {name: name for name in ("vae", *transformer.RECIPES)}
+    made = {name: name for name in ("vae", "reader", *transformer.RECIPES)}
     for stage, recipe in transformer.RECIPES.items():
         made |= dict.fromkeys(recipe.trained, stage)
-    assert {file for kind in networks.DITS for file in files.parts(kind).values()} == made.keys()
+    assert {file for kind in networks.DITS for file in files.parts(kind).values()} == (
+        made.keys() - {"reader"}
+    )
     for file, stage in made.items():
         words = f"{file}.safetensors does not exist; run the stage '{stage}' before"
         with pytest.raises(ValueError, match=words):
@@ -231,6 +242,53 @@ def test_a_larger_network_begins_as_the_smaller_one(out: Path) -> None:
     for name, array in before.items():
         if name != "patch.kernel":
             np.testing.assert_array_equal(found[name], array)
+
+
+def test_what_is_told_stands_at_the_colours(
+    small: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from wan_jax.tokenizer import load_tokenizer
+
+    monkeypatch.setattr(networks, "TEXT_TOKENS", 256)  # bytes, not words
+    write_byte_tokenizer(tmp_path / "tokenizer", vocab_size=384)
+    book = reader._book(tmp_path, READER._replace(scenes=20), 3)
+    assert book.ids.shape == (40, 256)
+    pairs = 0
+    for ids, place, told in zip(book.ids, book.place, book.told, strict=True):
+        said = bytes((ids[ids > 2] - 3).tolist()).decode().lower()
+        colours = []
+        for at, (shape, size, motion) in zip(place, told, strict=True):
+            if shape == -1:
+                assert size == motion == -1
+                continue
+            name = world.SHAPES[shape]
+            (colour,) = (c for c in world.COLOURS if said[at:].lstrip().startswith(f"{c} {name}"))
+            colours.append(colour)
+        assert set(colours) == world.COLOURS.keys() & set(re.findall(r"\w+", said))
+        pairs += len(colours) == 2
+    assert pairs > 15
+    text = load_tokenizer(tmp_path / "tokenizer")
+    told = ["On a checkered ground a red star.", "Red rings"]
+    at = reader.places(text, told, ["red", "red"], length=64)
+    assert at.tolist() == [told[0].index(" red"), 0]
+    assert reader.places(text, told, ["red", "red"], length=20).tolist() == [-1, 0]
+    with pytest.raises(ValueError, match="does not say 'blue'"):
+        reader.places(text, ["a red star"], ["blue"], length=64)
+
+
+def test_reading_learns_from_the_words_around(small: pytest.MonkeyPatch) -> None:
+    """What is told is right or wrong only where there is an object."""
+    params = reader._begin(0)
+    ids = np.arange(12, dtype=np.int32).reshape(2, 6)
+    place = np.array([[1, 3], [2, 0]], np.int32)
+    told = np.array([[[1, 2, 3], [0, 1, 2]], [[5, 0, 14], [-1, -1, -1]]], np.int32)
+    batch = reader.Batch(ids, np.ones_like(ids), place, told)
+    cost, right = reader.loss(params, None, batch, None)
+    choices = [len(values) for values in reader.TOLD.values()]
+    assert cost == pytest.approx(sum(np.log(choices)), rel=1e-6)  # heads begin at 0
+    # So the first choice is made: right for the shape of one of three, and the size of another.
+    found = {name: round(3 * float(share)) for name, share in right.items()}
+    assert found == {"shape": 1, "size": 1, "motion": 0}
 
 
 def test_crowds_show_more_and_cuts_less(small: pytest.MonkeyPatch) -> None:

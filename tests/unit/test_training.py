@@ -159,6 +159,34 @@ def velocity(net: DiT, wan: Wan, found: Cache) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_folded_padding_is_the_same_loss_and_gradient(kind: str) -> None:
+    net = network(KINDS[kind])
+    rows = net.config.image_positions or 5
+    keys = jax.random.split(jax.random.key(0), 5)
+    clean = jax.random.normal(keys[0], (2, 2, 4, 4, 16))
+    context = jax.random.normal(keys[1], (2, 7, net.config.text_dim)).at[1, 3:].set(0.0)
+    images = {}
+    if kind != "t2v":
+        images = {
+            "known_bthwc": jax.random.normal(keys[2], (2, 2, 4, 4, 20)),
+            "tokens_bsd": jax.random.normal(keys[3], (2, rows, net.config.image_dim)),
+        }
+
+    @jax.jit
+    def both(weights: Any, context: jax.Array) -> Any:
+        def value(weights: Any, context: jax.Array, fold: bool) -> jax.Array:
+            net_ = trees.fill(net, weights)
+            return flow.loss(net_, clean, context, keys[4], FLOW, fold=fold, **images).sum()
+
+        return [jax.value_and_grad(value, (0, 1))(weights, context, x) for x in (False, True)]
+
+    plain, folded = (jax.tree.leaves(x) for x in both(trees.flatten(net), context))
+    moved = [(p, f) for p, f in zip(plain, folded, strict=True) if np.abs(p).max() > 0]
+    assert len(moved) > 40
+    assert max(relative_l2(f, p) for p, f in moved) < tolerances.TRAINING_FOLDED
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_attached_factors_are_as_if_merged(kind: str) -> None:
     net, made = network(KINDS[kind]), factors(KINDS[kind])
     flat = {f"{path}.{half}": jnp.asarray(a) for path, pair in made.items()

@@ -68,12 +68,13 @@ def loss(
     *,
     known_bthwc: Array | None = None,
     tokens_bsd: Array | None = None,
+    fold: bool = False,
 ) -> Array:
     """Mean squared error of the velocity, [b] float32, one for each clip.
 
     clean: normalised latents. context: text states, zero past each text. known, tokens: what images
     tell (mask and latents, CLIP's tokens), where the network takes them; an image is dropped here,
-    a text by the caller, who knows its stand-in.
+    a text by the caller, who knows its stand-in. fold: see DiT.prepare().
     """
     b = clean_bthwc.shape[0]
     level, noise_key, drop = jax.random.split(key, 3)
@@ -90,6 +91,6 @@ def loss(
         known = dropped(drop, config.image_dropout, known_bthwc.astype(jnp.float32), nothing)
         tokens_bsd = dropped(drop, config.image_dropout, tokens_bsd, nothing)
         x = jnp.concatenate([x, known], axis=-1)
-    cond = network.prepare(context_bsd, tokens_bsd)
+    cond = network.prepare(context_bsd, tokens_bsd, fold=fold)
     velocity = network(x, MAX_TIMESTEP * sigma, cond, remat=config.remat)
     return jnp.mean(jnp.square(velocity - (noise - clean)), axis=(1, 2, 3, 4))

@@ -2,10 +2,10 @@
 
     python -m wan_jax.training.miniature --stages all --out DIR
 
-The stages, each in minutes on one H200: tokenizer, vae, t2v (with the text encoder), i2v (with the
-CLIP tower), flf2v, evaluate, pack, and examples, which writes clips of a new colour for a LoRA into
-DIR/lime. A stage needs those before it in the same DIR (examples none); one that was cut short goes
-on from its newest checkpoint.
+The stages, each in minutes on one H200: tokenizer, vae, reader (the text encoder), t2v (with it),
+i2v (with the CLIP tower), flf2v, evaluate, pack, and examples, which writes clips of a new colour
+for a LoRA into DIR/lime. A stage needs those before it in the same DIR (examples none); one that
+was cut short goes on from its newest checkpoint.
 """
 
 import json
@@ -16,7 +16,7 @@ from absl import app, flags
 
 from wan_jax.training.loop import Report
 
-STAGES = ("tokenizer", "vae", "t2v", "i2v", "flf2v", "evaluate", "pack", "examples")
+STAGES = ("tokenizer", "vae", "reader", "t2v", "i2v", "flf2v", "evaluate", "pack", "examples")
 _OUT = flags.DEFINE_string("out", None, "where the stages write", required=True)
 _STAGES = flags.DEFINE_list("stages", ["all"], f"all, or some of {', '.join(STAGES)}")
 _SEED = flags.DEFINE_integer("seed", 0, "what every random draw comes from")
@@ -44,6 +44,7 @@ def _run(stage: str, out: Path) -> None:
         evaluate,
         examples,
         pack,
+        reader,
         text,
         transformer,
     )
@@ -52,6 +53,8 @@ def _run(stage: str, out: Path) -> None:
         text.train_tokenizer(captions.corpus(20_000, _SEED.value), out / "tokenizer")
     elif stage == "vae":
         autoencoder.train(out, seed=_SEED.value, tell=_report)
+    elif stage == "reader":
+        reader.train(out, seed=_SEED.value, tell=_report)
     elif stage == "evaluate":
         _evaluate(out, evaluate)
     elif stage == "pack":

@@ -16,7 +16,12 @@ from wan_jax.files import whole_or_nothing
 from wan_jax.weights.hashes import FileHashes
 
 _FIELD = "config"
-_CONFIGS: dict[str, Any] = {"vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig}
+_CONFIGS: dict[str, Any] = {
+    "vae": VAEConfig,
+    "umt5": UMT5Config,
+    "reader": UMT5Config,
+    "clip": CLIPConfig,
+}
 # {file: stage that makes it} of those that are not named like their stage.
 STAGES = {"umt5": "t2v", "clip": "i2v"}
 

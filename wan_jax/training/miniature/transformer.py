@@ -1,7 +1,8 @@
 """The stages "t2v", "i2v" and "flf2v": the transformers, and with them what reads their prompts.
 
-The text encoder learns with the first, through its loss, and the CLIP tower with the second; the
-others find them as they are. Each begins from the weights of the one before it.
+The text encoder, which can read by then (reader.py), learns with the first, through its loss, and
+the CLIP tower with the second; the others find them as they are. Each transformer begins from the
+weights of the one before it.
 """
 
 import dataclasses
@@ -59,19 +60,13 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    # Which words tell of which object is learned last, and from clips that show two.
-    "t2v": Recipe(
-        (Phase("words", 8000, 18_000, 1.5e-3, 0.4), Phase("pairs", 6000, 26_000, 1e-3, 0.75)),
-        49_152,
-        256,
-        ("umt5",),
-        (),
-    ),
+    "t2v": Recipe((Phase("texts", 6000, 36_000, 1.5e-3, 0.6),), 49_152, 256, ("umt5",), ()),
     "i2v": Recipe((Phase("images", 0, 4000, 7e-4, 0.4),), 16_384, 256, ("clip",), ("umt5",)),
     "flf2v": Recipe((Phase("images", 0, 3000, 7e-4, 0.4),), 16_384, 256, (), ("umt5", "clip")),
 }
-_BEFORE = {"t2v": (), "i2v": ("t2v",), "flf2v": ("i2v",)}  # whose weights a stage begins from
-FLOW = flow.FlowConfig(shift=networks.DEFAULTS.shift, image_dropout=0.05, remat="attention")
+# Whose weights a stage begins from.
+_BEFORE = {"t2v": ("reader",), "i2v": ("t2v",), "flf2v": ("i2v",)}
+FLOW = flow.FlowConfig(shift=networks.DEFAULTS.shift, image_dropout=0.05, remat="none")
 
 
 def train(
@@ -89,9 +84,9 @@ def train(
     naming what is missing. Several devices share each batch.
     """
     recipe = recipe or RECIPES[stage]
-    params = begin(stage, out, recipe, seed)
     names = ("tokenizer", "vae", *recipe.frozen, *_BEFORE[stage])
     training = _Training(stage, out, recipe, files.digests(out, names), tell, notify)
+    params = begin(stage, out, recipe, seed)
     for number, phase in enumerate(recipe.phases):
         state = training.run(phase, params, seed + number, begun=number > 0)
         params = jax.tree.map(np.asarray, state.ema)
@@ -190,10 +185,11 @@ def begin(stage: str, out: Path, recipe: Recipe, seed: int) -> Params:
     config, keys = networks.DITS[stage], nnx.Rngs(seed)
     params = {"dit": trees.flatten(DiT(config, rngs=keys, dtype=jnp.float32))}
     if "umt5" in recipe.trained:
-        params["umt5"] = trees.flatten(umt5.UMT5(networks.UMT5, rngs=keys, dtype=jnp.float32))
+        read, _ = files.network(out, "reader")
+        params["umt5"] = jax.tree.map(jnp.asarray, read)
     if "clip" in recipe.trained:
         params["clip"] = trees.flatten(clip.CLIP(networks.CLIP, rngs=keys, dtype=jnp.float32))
-    if _BEFORE[stage]:
+    if stage != "t2v":
         before, _ = files.network(out, _BEFORE[stage][0])
         params["dit"] = grown(params["dit"], before)
     return params
@@ -239,9 +235,8 @@ def loss(
         found = clip.encode(tower, clip.normalise(views))
         tokens = found.reshape(b, -1, found.shape[-1])
     dit = network(networks.DITS[stage], every["dit"], dtype)
-    found = flow.loss(
-        dit, batch.latents, context, key, FLOW, known_bthwc=batch.known, tokens_bsd=tokens
-    )
+    images = {"known_bthwc": batch.known, "tokens_bsd": tokens}
+    found = flow.loss(dit, batch.latents, context, key, FLOW, fold=True, **images)
     return jnp.mean(found), {}
 
 
