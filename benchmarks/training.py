@@ -1,6 +1,6 @@
 """A step of training of the 1.3B's DiT: all weights, and a LoRA beside them.
 
-    python benchmarks/training.py [--remats none,attention,full] [--kinds full,lora]
+    python benchmarks/training.py [--remats products,attention,full] [--kinds full,lora]
 
 Random weights made on the card, one clip of 832x480 and 81 frames as latents. Each line is measured
 in a process of its own; what does not fit says so. Prints one table and writes
@@ -21,7 +21,7 @@ from typing import Any
 from measure import child, report, save, table, versions
 
 KINDS = ("full", "lora")
-REMATS = ("none", "attention", "full")
+REMATS = ("none", "products", "attention", "full")
 PEAK = 989.0  # TFLOP/s of bfloat16 without sparsity, from NVIDIA's data sheet of the H200
 WARMUPS, STEPS = 2, 7
 

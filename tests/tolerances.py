@@ -105,6 +105,7 @@ LORA_MATTERS = 0.01  # a LoRA moves the output of the DiT at least so far
 # Training
 TRAINING_ATTACHED = 1e-6  # factors beside a product, or in its kernel: float32 sums; measured 4e-7
 TRAINING_FOLDED = 1e-3  # padding as one token: terms of keys' gradients cancel; measured 2.5e-4
+TRAINING_REMAT = 1e-4  # the same sums, fused otherwise: terms of keys' gradients cancel
 SPREAD = 1e-5  # latents of eight steps whose float32 sums are split over devices; measured 3e-7
 TRAINING_SHARDED = 1e-5  # losses of three steps, whose float32 sums are split over four devices
 TRAINING_GRADIENT = 1e-2  # of bfloat16 products: rounded once to 8 bits

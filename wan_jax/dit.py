@@ -25,6 +25,7 @@ from wan_jax import rope
 from wan_jax.attention import attention, counted_attention, is_attention
 from wan_jax.config import DiTConfig
 from wan_jax.layers import (
+    PRODUCT,
     LayerNorm,
     Linear,
     RMSNorm,
@@ -39,8 +40,7 @@ from wan_jax.patches import patchify, unpatchify
 from wan_jax.sequence import Share
 
 Array = jax.Array
-MAX_TIMESTEP = 1000
-REMAT = ("none", "attention", "full")
+REMAT = ("none", "products", "attention", "full")
 IMAGE_EPS = 1e-5  # of the norms around the image MLP, PyTorch's default
 
 
@@ -207,7 +207,7 @@ class DiT(nnx.Module):
             patches = share.take(patches, axis=1)
             cos, sin = (share.take(table, axis=0) for table in (cos, sin))
         h = linear(self.patch, patches).astype(jnp.float32)
-        wave = sinusoid(t_b, config.freq_dim)
+        wave = rope.sinusoid(t_b, config.freq_dim)
         time = linear(self.time_out, jax.nn.silu(linear(self.time_in, wave)))
         steps = linear(self.time_proj, jax.nn.silu(time)).reshape(-1, 6, config.dim)
         return h, Modulation(time, steps, cos, sin, grid)
@@ -229,8 +229,9 @@ class DiT(nnx.Module):
 
         residuals: [layers run, b, l, d], added after each block. fetch: brings one layer's weights
         to the device inside the scan. implementation: which attention (see attention()). remat: for
-        training, one of REMAT: what of a block the way back computes again instead of keeping it;
-        "attention" is everything but the attention's kernel, which is kept where it is cuDNN's.
+        training, one of REMAT: what of a block the way back computes again instead of keeping it.
+        "attention" is everything but the attention's kernel, which is kept where it is cuDNN's;
+        "products" keeps those of linear(), too, in their own dtype, where "none" keeps float32.
         share: as in embed().
         """
         stack = self.layers
@@ -366,7 +367,14 @@ def _remat(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
         raise ValueError(f"remat is {remat!r}; one of {REMAT} is needed")
     if remat == "none":
         return body
-    policy = is_attention if remat == "attention" else None
+    policies = jax.checkpoint_policies
+    policy = {
+        "products": policies.save_from_both_policies(
+            is_attention, policies.save_only_these_names(PRODUCT)
+        ),
+        "attention": is_attention,
+        "full": None,
+    }[remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan needs no such guard
 
 
@@ -377,21 +385,3 @@ def _norm3(layer: Block, h: Array, eps: float) -> Array:
 def _split(table_bmd: Array, count: int) -> list[Array]:
     """[b, count, d] -> count arrays [b, 1, d], which broadcast over tokens."""
     return [table_bmd[:, i : i + 1] for i in range(count)]
-
-
-def sinusoid(t_b: Array, width: int) -> Array:
-    """[cos | sin] of t * 10000^(-2j/width), float32 [b, width], for t in 0..1000.
-
-    The original computes this in float64. A float32 product t * frequency would be off by 3e-5 at
-    t = 1000, so whole timesteps come from a float64 table and the fraction, which is small, is
-    added by the angle sum.
-    """
-    frequency = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
-    angles = np.arange(MAX_TIMESTEP + 1, dtype=np.float64)[:, None] * frequency
-    t = t_b.astype(jnp.float32)
-    whole = jnp.clip(jnp.floor(t), 0, MAX_TIMESTEP).astype(jnp.int32)
-    rest = (t - whole.astype(jnp.float32))[:, None] * frequency.astype(np.float32)
-    cos = jnp.asarray(np.cos(angles), jnp.float32)[whole]
-    sin = jnp.asarray(np.sin(angles), jnp.float32)[whole]
-    cos_rest, sin_rest = jnp.cos(rest), jnp.sin(rest)
-    return jnp.concatenate([cos * cos_rest - sin * sin_rest, sin * cos_rest + cos * sin_rest], -1)

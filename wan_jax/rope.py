@@ -2,7 +2,8 @@
 
 The head is split into interleaved pairs (x[2j], x[2j+1]); the first pairs turn with the token's
 frame, then its row, then its column. Each axis has its own spectrum 10000^(-2j/D).
-Source: Wan2.1 wan/modules/model.py, rope_params and rope_apply.
+And the sinusoid that tells the network how noisy its latents are.
+Source: Wan2.1 wan/modules/model.py, rope_params, rope_apply and sinusoidal_embedding_1d.
 """
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Grid = tuple[int, int, int]
+MAX_TIMESTEP = 1000
 
 
 def axis_widths(head_dim: int) -> Grid:
@@ -49,3 +51,21 @@ def rotate(x_blnk: jax.Array, cos_lk: jax.Array, sin_lk: jax.Array) -> jax.Array
     cos, sin = cos_lk[None, :, None, :], sin_lk[None, :, None, :]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return turned.reshape(x_blnk.shape)
+
+
+def sinusoid(t_b: jax.Array, width: int) -> jax.Array:
+    """[cos | sin] of t * 10000^(-2j/width), float32 [b, width], for t in 0..1000.
+
+    The original computes this in float64. A float32 product t * frequency would be off by 3e-5 at
+    t = 1000, so whole timesteps come from a float64 table and the fraction, which is small, is
+    added by the angle sum.
+    """
+    frequency = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
+    angles = np.arange(MAX_TIMESTEP + 1, dtype=np.float64)[:, None] * frequency
+    t = t_b.astype(jnp.float32)
+    whole = jnp.clip(jnp.floor(t), 0, MAX_TIMESTEP).astype(jnp.int32)
+    rest = (t - whole.astype(jnp.float32))[:, None] * frequency.astype(np.float32)
+    cos = jnp.asarray(np.cos(angles), jnp.float32)[whole]
+    sin = jnp.asarray(np.sin(angles), jnp.float32)[whole]
+    cos_rest, sin_rest = jnp.cos(rest), jnp.sin(rest)
+    return jnp.concatenate([cos * cos_rest - sin * sin_rest, sin * cos_rest + cos * sin_rest], -1)

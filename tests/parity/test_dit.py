@@ -13,7 +13,7 @@ from flax import nnx
 from tests import tolerances
 from tests.parity.convert import load_torch
 from tests.random_weights import random_state_dict, relative_l2
-from wan_jax import dit as dit_module
+from wan_jax import rope
 from wan_jax.config import DiTConfig
 from wan_jax.dit import DiT
 from wan_jax.weights import dit as dit_weights
@@ -111,7 +111,7 @@ def test_every_tap_equals_diffusers(
     latents, context = _inputs(grid, text)
     theirs = _torch_taps(reference, latents, context)
     # Diffusers computes the sinusoid in float32; given the same one, everything after must agree.
-    monkeypatch.setattr(dit_module, "sinusoid", lambda t, width: jnp.asarray(theirs["sinusoid"]))
+    monkeypatch.setattr(rope, "sinusoid", lambda t, width: jnp.asarray(theirs["sinusoid"]))
     ours = _our_taps(_ours(reference), latents, context)
     theirs["patch"] = theirs["patch"].reshape(2, CONFIG.dim, -1).transpose(0, 2, 1)
     theirs["steps"] = theirs["steps"].reshape(2, 6, CONFIG.dim)
@@ -152,5 +152,5 @@ def test_time_path_equals_float64() -> None:
     _, mod = jax.jit(DiT.embed)(model, latents, jnp.asarray(times, jnp.float32))
     assert relative_l2(np.asarray(mod.time_bd), time) <= tolerances.DIT_TIME
     assert relative_l2(np.asarray(mod.blocks_b6d), steps) <= tolerances.DIT_TIME
-    ours = dit_module.sinusoid(jnp.asarray(times, jnp.float32), CONFIG.freq_dim)
+    ours = rope.sinusoid(jnp.asarray(times, jnp.float32), CONFIG.freq_dim)
     assert np.abs(np.asarray(ours) - wave).max() <= tolerances.DIT_SINUSOID

@@ -15,7 +15,7 @@ from tests import tolerances
 from tests.parity.convert import load_torch
 from tests.parity.test_dit import torch_model
 from tests.random_weights import relative_l2
-from wan_jax import dit as dit_module
+from wan_jax import rope
 from wan_jax.config import DiTConfig
 from wan_jax.dit import DiT
 from wan_jax.weights import dit as dit_weights
@@ -87,7 +87,7 @@ def test_velocity_equals_diffusers(config: DiTConfig, monkeypatch: pytest.Monkey
     reference = torch_model(config)
     given = _inputs(config)
     theirs = _theirs(reference, config, given)
-    monkeypatch.setattr(dit_module, "sinusoid", lambda t, width: jnp.asarray(theirs["sinusoid"]))
+    monkeypatch.setattr(rope, "sinusoid", lambda t, width: jnp.asarray(theirs["sinusoid"]))
     ours = _ours(reference, config)
     error = relative_l2(_velocity(ours, given), theirs["velocity"])
     assert error <= tolerances.DIT_TAP

@@ -25,7 +25,7 @@ from tests.parity.convert import load_torch
 from tests.parity.test_dit import torch_model
 from tests.parity.test_dit_image import FLF2V, I2V, TIMESTEPS, TOKENS
 from tests.random_weights import random_array, relative_l2
-from wan_jax import dit as dit_module
+from wan_jax import rope
 from wan_jax.config import DiTConfig
 from wan_jax.dit import DiT
 from wan_jax.weights import dit as dit_weights
@@ -88,7 +88,7 @@ def velocities(
         )[0]
     hook.remove()
     # Diffusers computes the sinusoid in float32; given the same one, everything after must agree.
-    monkeypatch.setattr(dit_module, "sinusoid", lambda t, width: jnp.asarray(waves[0]))
+    monkeypatch.setattr(rope, "sinusoid", lambda t, width: jnp.asarray(waves[0]))
     cond = jax.jit(lambda net, *given: net.prepare(*given))(
         net, given["context"], given.get("image")
     )

@@ -7,7 +7,6 @@ import pytest
 
 from tests import tolerances
 from wan_jax import rope
-from wan_jax.dit import sinusoid
 
 GRID = (3, 2, 5)
 
@@ -73,7 +72,7 @@ def test_rotated_products_depend_on_the_offset_alone() -> None:
 
 
 def test_sinusoid_at_999_has_the_printed_values() -> None:
-    wave = np.asarray(jax.jit(sinusoid, static_argnums=1)(jnp.asarray([999.0]), 256))[0]
+    wave = np.asarray(jax.jit(rope.sinusoid, static_argnums=1)(jnp.asarray([999.0]), 256))[0]
     cos = 0.99964985, 0.96378248, -0.39899176, 0.70482050
     sin = -0.02646075, -0.26668958, -0.91695451, 0.70938570
     assert wave.shape == (256,) and wave.dtype == np.float32
@@ -84,7 +83,7 @@ def test_sinusoid_at_999_has_the_printed_values() -> None:
 @pytest.mark.parametrize("width", [256, 64, 2])
 def test_sinusoid_equals_float64_at_every_whole_and_some_broken_timesteps(width: int) -> None:
     times = np.concatenate([np.arange(1001.0), [0.5, 91.0625, 333.25, 998.984375]])
-    wave = np.asarray(sinusoid(jnp.asarray(times, jnp.float32), width))
+    wave = np.asarray(rope.sinusoid(jnp.asarray(times, jnp.float32), width))
     angles = times[:, None] * 10000.0 ** (-np.arange(width // 2) / (width // 2))
     truth = np.concatenate([np.cos(angles), np.sin(angles)], -1)
     assert np.abs(wave - truth).max() <= tolerances.DIT_SINUSOID

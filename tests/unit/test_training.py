@@ -25,7 +25,7 @@ from tests.unit.test_cli import ROOT
 from tests.unit.test_lora import KINDS, factors, network
 from tests.unit.test_media import pattern
 from wan_jax import layers, sharding, xla
-from wan_jax.dit import DiT
+from wan_jax.dit import REMAT, DiT
 from wan_jax.layers import _contract, _product
 from wan_jax.training import cache, command, config, finetune, flow, lora, metrics, results, samples
 from wan_jax.training.batches import Batches
@@ -45,6 +45,7 @@ SIZE, FRAMES = (32, 16), 5
 FLOW = flow.FlowConfig(text_dropout=0.1, image_dropout=0.1)
 RANK = LoraConfig(lora_rank=4, lora_alpha=8.0)
 F32 = jnp.dtype(jnp.float32)
+KEY = jax.random.PRNGKey(3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,6 +185,31 @@ def test_folded_padding_is_the_same_loss_and_gradient(kind: str) -> None:
     moved = [(p, f) for p, f in zip(plain, folded, strict=True) if np.abs(p).max() > 0]
     assert len(moved) > 40
     assert max(relative_l2(f, p) for p, f in moved) < tolerances.TRAINING_FOLDED
+
+
+def test_what_is_computed_again_changes_no_gradient() -> None:
+    net = network(KINDS["t2v"])
+    clean = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 16))
+    context = jax.random.normal(jax.random.key(1), (2, 7, net.config.text_dim))
+
+    def gradient(weights: Any, remat: str) -> Any:
+        def value(weights: Any) -> jax.Array:
+            chosen = dataclasses.replace(FLOW, remat=remat)
+            return flow.loss(trees.fill(net, weights), clean, context, KEY, chosen).sum()
+
+        return jax.grad(value)(weights)
+
+    weights = trees.flatten(net)
+    found = {r: jax.jit(gradient, static_argnums=1)(weights, r) for r in REMAT}
+    for remat in REMAT[1:]:
+        for path, leaf in found[remat].items():
+            assert relative_l2(leaf, found["none"][path]) < tolerances.TRAINING_REMAT, (remat, path)
+    # Products of the whole gradient: the attention's own are not kept on the CPU.
+    counts = {
+        r: str(jax.make_jaxpr(gradient, static_argnums=1)(weights, r)).count("dot_general")
+        for r in REMAT
+    }
+    assert counts["none"] <= counts["products"] < counts["attention"] == counts["full"], counts
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,11 +10,12 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from wan_jax.dit import MAX_TIMESTEP, DiT
+from wan_jax.dit import DiT
+from wan_jax.rope import MAX_TIMESTEP
 
 Array = jax.Array
 Sampling = Literal["logit_normal", "uniform"]
-Remat = Literal["none", "attention", "full"]
+Remat = Literal["none", "products", "attention", "full"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class FlowConfig:
 
     sampling: of sigma before the shift; shift: as at generation, s u / (1 + (s - 1) u).
     text_dropout, image_dropout: how often a clip is shown without its caption or its images. remat:
-    what of each block is computed again on the way back: nothing, all but the attention, or all.
+    what of each block is computed again on the way back: nothing, all but products and attention,
+    all but the attention, or all.
     Raises ValueError naming a field outside its range.
     """
 

@@ -66,7 +66,7 @@ RECIPES = {
 }
 # Whose weights a stage begins from.
 _BEFORE = {"t2v": ("reader",), "i2v": ("t2v",), "flf2v": ("i2v",)}
-FLOW = flow.FlowConfig(shift=networks.DEFAULTS.shift, image_dropout=0.05, remat="none")
+FLOW = flow.FlowConfig(shift=networks.DEFAULTS.shift, image_dropout=0.05, remat="products")
 
 
 def train(
