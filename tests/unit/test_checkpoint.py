@@ -740,3 +740,23 @@ def test_large_arrays_are_stored_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     stored = tensorstore.open({"driver": "zarr3", "kvstore": base}, open=True).result()
     assert 4 * math.prod(stored.chunk_layout.read_chunk.shape) <= 1024
     np.testing.assert_array_equal(stored.read().result(), arrays["a"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_converted_arrays_are_handed_over_without_a_copy(dtype: str) -> None:
+    for shape in ((3, 5), (), (1000, 7)):
+        array = rules._empty(shape, np.dtype(jnp.dtype(dtype)))
+        array[...] = 2.0
+        held = checkpoint._held(array)
+        assert held.unsafe_buffer_pointer() == array.ctypes.data
+        assert held.shape == shape and held.dtype == array.dtype
+        np.testing.assert_array_equal(held, array)
+
+
+def test_without_a_cpu_backend_arrays_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(**_: Any) -> None:
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    array = np.ones(3)
+    assert checkpoint._held(array) is array

@@ -7,6 +7,7 @@ either side must be accounted for: resolve() returns a plan or raises one report
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 Shape = tuple[int, ...]
 Abstract = jax.ShapeDtypeStruct | jax.Array | np.ndarray  # only the shape and dtype are read
 NAMINGS = ("wan", "diffusers")
+_ALIGNED = 64  # bytes
 _JOINED = re.compile(r"\{(\w+(?:,\w+)+)\}")
 
 
@@ -231,7 +233,7 @@ def apply(
     """
     for item in plan:
         dtype = np.dtype(item.abstract.dtype)
-        target = np.empty(item.abstract.shape, dtype)
+        target = _empty(item.abstract.shape, dtype)
         for i, group in enumerate(item.groups):
             sources = [reader.read(name) for name in group]
             count = sum(source.nbytes for source in sources)
@@ -248,6 +250,14 @@ def apply(
             del source, sources
         yield item.target, target
         del target, part  # or they would live on while the next one is filled
+
+
+def _empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An array that JAX on the CPU takes as it stands, where another one it would copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNED, np.uint8)
+    start = -raw.ctypes.data % _ALIGNED
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _not_finite(
