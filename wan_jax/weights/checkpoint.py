@@ -31,7 +31,7 @@ FORMAT = 3
 _ADDED = "added"  # where parts that are added are written first
 SPARE = 2**26  # bytes of disk beyond the arrays: the tokenizer, indices, JSON
 _PIECE_BYTES = 2**25
-_GROUP_BYTES = 2**28  # arrays are handed to Orbax in groups of at most this, or alone
+_GROUP_BYTES = 2**28  # arrays are handed to Orbax in groups that reach this
 _CONFIGS: dict[str, type[PartConfig]] = {
     "dit": DiTConfig,
     "vae": VAEConfig,
@@ -209,13 +209,13 @@ def save_arrays(path: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
     group: dict[str, np.ndarray | jax.Array] = {}
     with options:
         for name, array in arrays:
-            # Before it grows by another: Orbax needs as much again as the group has.
-            if sum(a.nbytes for a in (*group.values(), array)) > _GROUP_BYTES and group:
+            group[name] = _held(array)
+            del array  # or it would live on while the next one is made
+            # Before there is another: Orbax needs as much again as the group has.
+            if sum(a.nbytes for a in group.values()) >= _GROUP_BYTES:
                 with _writing(path):
                     partial.save(path, group)
                 group = {}
-            group[name] = _held(array)
-            del array  # or it would live on while the next one is made
         with _writing(path):
             if group:
                 partial.save(path, group)
