@@ -15,13 +15,17 @@ from pathlib import Path
 from absl import flags
 
 from wan_jax import cli, devices, jobs, runner
+from wan_jax.planning import command as planning
 from wan_jax.tasks import IMAGE_TASKS
 
 
 def main(values: flags.FlagValues) -> None:
-    """Check everything, then run."""
+    """Check everything, then run; or, with --plan, tell what that would need."""
+    configs = Path(__file__).parent / "configs"
+    if planning.asked(values):
+        planning.show(values, configs)
     devices.join(values)
-    runner.execute(values, jobs.plan(values, Path(__file__).parent / "configs"))
+    runner.execute(values, jobs.plan(values, configs))
 
 
 if __name__ == "__main__":

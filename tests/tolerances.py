@@ -122,3 +122,10 @@ MINIATURE_PSNR = (
     60.0  # dB of frames in -1..1 after three guided steps; measured 119 with random weights
 )
 MINIATURE_SHOWS = 0.01  # standard deviation of frames that are not all of one colour
+
+# Estimates
+COSTS_PRINTED = 0.005  # TFLOP that were reckoned by hand, to three digits
+COSTS_MEMORY = 0.2  # of a block's temporaries, measured on an H200: 0.92 and 1.14 times those
+COSTS_SECONDS = 0.1  # of a forward measured on an H200: 1.00 times for the 14B, 0.93 for the 1.3B
+AOT_ROOM = 0.9  # of a TPU's memory at most, of the 14B at 720P; measured 0.56 (tpu7x:2x2x1) at most
+AOT_MEMORY = 0.3  # of a step's memory by formula and as compiled for TPUs

@@ -7,12 +7,13 @@ and a padded row never reaches a softmax.
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wan_jax import xla
 from wan_jax.layers import precision_of
 
 Array = jax.Array
@@ -23,10 +24,26 @@ _CHUNK_ELEMENTS = 2**24
 _CHUNK_KEYS = 1024
 _LOWEST = -1e30  # below every score, and finite: of -inf alone a softmax makes NaN
 
-# Tiles of the TPU kernel, in rows; they fit the 16 MiB of scoped VMEM that v5e allows by default.
-_SPLASH_QUERIES = 1024
-_SPLASH_KEYS = 1024
+
+class _Tiles(NamedTuple):
+    """The largest tiles of the TPU kernel, in rows, and how many keys of a tile it scores at once.
+
+    It holds the scores of a tile of queries with those keys in VMEM, float32, and a few more such.
+    """
+
+    queries: int
+    keys: int
+    at_once: int
+
+
+# These fit the 16 MiB that v5e gives a kernel by default, in float32 too.
+_SMALL_TILES = _Tiles(1024, 1024, 1024)
+# MaxDiffusion's for Wan; 75,600 queries are 25 tiles. They fit what v6e and v7x give by default
+# and what xla.py asks for on v5p. Kinds have two names each.
+_LARGE_TILES = _Tiles(3024, 2048, 1024)
+_TILES = dict.fromkeys(("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x"), _LARGE_TILES)
 _LANES = 128
+_ROWS = 16  # of the smallest bfloat16 tile that the hardware has
 
 
 def attention(
@@ -120,20 +137,18 @@ def _pick(q: Array) -> str:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return "chunked"
     tpu_kernel = "splash" if q.dtype == jnp.bfloat16 else "chunked"
-    return {"gpu": _gpu_kernel(q), "tpu": tpu_kernel}.get(jax.default_backend(), "chunked")
+    return {"gpu": _gpu_kernel(q), "tpu": tpu_kernel}.get(xla.traced_for().platform, "chunked")
 
 
 def _gpu_kernel(q: Array) -> str:
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    nvidia = jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind.upper()
-    return "cudnn" if fits and nvidia else "chunked"
+    return "cudnn" if fits and "NVIDIA" in xla.traced_for().kind.upper() else "chunked"
 
 
 def _check_cudnn(q: Array) -> None:
-    if jax.default_backend() != "gpu":
-        raise ValueError(
-            f"implementation 'cudnn' needs an NVIDIA GPU, this is {jax.default_backend()}"
-        )
+    platform = xla.traced_for().platform
+    if platform != "gpu":
+        raise ValueError(f"implementation 'cudnn' needs an NVIDIA GPU, this is {platform}")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"implementation 'cudnn' needs bfloat16 or float16, got {q.dtype}")
 
@@ -155,6 +170,27 @@ def _cudnn_with_weight(
     return out, weight.reshape(q.shape[0], q.shape[2], -1).swapaxes(1, 2)
 
 
+def _tiles(queries: int, keys: int, dtype: jnp.dtype) -> _Tiles:
+    """The tiles for so many rows, by the kind of device that the program is for."""
+    narrow = dtype == jnp.bfloat16
+    most = _TILES.get(xla.traced_for().kind, _SMALL_TILES) if narrow else _SMALL_TILES
+    if keys <= most.at_once:
+        block = at_once = -(-keys // _LANES) * _LANES
+    else:
+        parts = most.keys // most.at_once
+        block = _least_padding(keys, most.keys, _LANES * parts)
+        at_once = block if block <= most.at_once else block // parts
+    return _Tiles(_least_padding(queries, most.queries, _ROWS), block, at_once)
+
+
+def _least_padding(length: int, most: int, multiple: int) -> int:
+    """The tile of at least half of `most` rows that pads a length least; of equals the largest."""
+    if length <= most:
+        return -(-length // multiple) * multiple
+    sizes = range(most, most // 2 - 1, -multiple)
+    return min(sizes, key=lambda size: -length % size)
+
+
 def _pad(x: Array, axis: int, multiple: int) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
@@ -171,8 +207,7 @@ def _splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
 
     (_, s, n, d), keys = q.shape, k.shape[1]
-    block_q = min(_SPLASH_QUERIES, -(-s // _LANES) * _LANES)
-    block_k = min(_SPLASH_KEYS, -(-keys // _LANES) * _LANES)
+    block_q, block_k, at_once = _tiles(s, keys, q.dtype)
     scale = jnp.asarray(1.0 / math.sqrt(d), jnp.float32)
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel does not scale
     q, k, v = (
@@ -181,7 +216,7 @@ def _splash(
     )
     run = kernel.make_splash_mha(
         mask=mask.MultiHeadMask([mask.FullMask((q.shape[2], k.shape[2]))] * n),
-        block_sizes=kernel.BlockSizes(block_q=block_q, block_kv=block_k, block_kv_compute=block_k),
+        block_sizes=kernel.BlockSizes(block_q=block_q, block_kv=block_k, block_kv_compute=at_once),
         head_shards=1,
         q_seq_shards=1,
         save_residuals=weigh,  # then there is no gradient

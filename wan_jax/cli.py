@@ -97,6 +97,8 @@ def define_flags(
     text = "weights over the devices; chosen by their memory if neither this nor its no is given."
     switch("dit_fsdp", None, f"Split the transformer's {text}")
     switch("t5_fsdp", None, f"Split the text encoder's {text}")
+    switch("plan", False, "Only tell what a run needs of the devices, and whether it fits.")
+    string("plan_target", None, "What --plan is for, such as v6e:4x4 or h100:8; default: this.")
     string("coordinator_address", None, "host:port of process 0, if processes find no launcher.")
     integer("num_processes", None, "How many processes make a video together; see there.")
     integer("process_id", None, "The number of this one, from 0; see there.")

@@ -20,7 +20,17 @@ def join(values: flags.FlagValues) -> None:
 
 
 def start(values: flags.FlagValues) -> None:
-    """Settle on devices; RuntimeError if JAX cannot start (without a plugin it only asserts)."""
+    """Settle on devices; raises as check() does."""
+    check()
+    if jax.default_backend() != "cpu" and not _cache_chosen():
+        # Programs are kept: the next run starts in seconds and, as what was tuned by timing is kept
+        # with them, gives the same bits.
+        jax.config.update("jax_compilation_cache_dir", _programs(values.cache_dir))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def check() -> None:
+    """RuntimeError if JAX cannot start on the devices (without a plugin it only asserts)."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -28,11 +38,6 @@ def start(values: flags.FlagValues) -> None:
         raise RuntimeError(
             f"JAX_PLATFORMS={named} has no device that starts here: {error}"
         ) from None
-    if jax.default_backend() != "cpu" and not _cache_chosen():
-        # Programs are kept: the next run starts in seconds and, as what was tuned by timing is kept
-        # with them, gives the same bits.
-        jax.config.update("jax_compilation_cache_dir", _programs(values.cache_dir))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _programs(cache_dir: str | None) -> str:
@@ -55,26 +60,42 @@ def plan(values: flags.FlagValues, config: WanConfig, jobs: Sequence[Job]) -> pl
     count = jax.device_count()
     if count == 1 and values.ulysses_size == values.ring_size == 1:
         return None
+    guided = any(job.request.guidance != 1.0 for job in jobs)
+    chosen = choose(values, config, count=count, guided=guided, memory=memory())
+    say(f"plan: {chosen}")
+    return chosen
+
+
+def choose(
+    values: flags.FlagValues,
+    config: WanConfig,
+    *,
+    count: int,
+    guided: bool,
+    memory: int | None,
+) -> plans.Plan:
+    """How so many devices, with so many bytes each if that is known, share each video.
+
+    Raises ValueError as plan() does.
+    """
     # Both are 1 where the reference's command line says nothing of them.
     said = values.ulysses_size > 1 or values.ring_size > 1
     try:
-        chosen = plans.choose(
+        return plans.choose(
             count,
             heads=config.dit.num_heads,
-            branches=1 if all(job.request.guidance == 1.0 for job in jobs) else 2,
+            branches=2 if guided else 1,
             ulysses=values.ulysses_size if said else None,
             ring=values.ring_size if said else None,
             dit_fsdp=values.dit_fsdp,
             t5_fsdp=values.t5_fsdp,
             weights=sources.sizes(config, jnp.dtype(values.dtype)),
-            memory=_memory(),
+            memory=memory,
         )
     except ValueError as error:
         raise ValueError(f"--{error}") from error
-    say(f"plan: {chosen}")
-    return chosen
 
 
-def _memory() -> int | None:
+def memory() -> int | None:
     """Bytes that JAX may use of a device; None where it does not tell, as on the CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

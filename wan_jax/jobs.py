@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,43 @@ def plan(values: flags.FlagValues, configs: Path) -> Plan:
     return Plan(source, config, _agreed(jobs, placed), tuple(skipped), loras)
 
 
+def planned(values: flags.FlagValues, configs: Path) -> tuple[WanConfig, list[Job]]:
+    """The networks and the videos of the flags, for --plan: nothing is downloaded or written.
+
+    There need be no checkpoint: a task has its own networks. Images need not be given either; then
+    the videos are of exactly --size. Raises ValueError as plan() does.
+    """
+    _check_unsupported(values)
+    settings, found = tasks.settings(values, configs), entries(values)
+    config = _networks(values, found)
+    tasks.check_checkpoint(values, config.images)
+    given = tasks.images(values, config.images)
+    whole = [_with_images(entry, given, config.images) for entry in found]
+    return config, _all_jobs(values, config, settings, whole)
+
+
+def _with_images(entry: Entry, given: Collection[str], count: int) -> Entry:
+    """A prompt with a picture for each of so many images that neither it nor the flags give."""
+    needed = tasks.SOURCES[:count]
+    missing = [name for name in needed if name not in given and name not in entry.values]
+    own = dict.fromkeys(missing, str(shipped.PICTURE))
+    fit = {"fit": "pad"} if count and len(missing) == count else {}
+    return Entry(entry.where, {**own, **fit, **entry.values})
+
+
+def _networks(values: flags.FlagValues, found: Sequence[Entry]) -> WanConfig:
+    """The networks of the checkpoint on this machine that the flags name, or of the task."""
+    task, path = tasks.chosen(values), values.ckpt_dir
+    there = path is not None and (loading.is_small(path) or Path(path).exists())
+    if task is not None and not there:
+        return task.network
+    if path is not None and not there:
+        return _elsewhere(values, found)
+    name = tasks.miniature(values, found) if path is None else path
+    with _naming("ckpt_dir", name):
+        return loading.read_config(loading.fetch(name))
+
+
 def _agreed(jobs: Sequence[Job], placed: Sequence[Job]) -> tuple[Job, ...]:
     """Of several processes, in each the jobs that the first has placed, as it has them.
 
@@ -124,13 +161,16 @@ def _check_elsewhere(
     """Say what is wrong in any case before gigabytes are downloaded."""
     if loading.is_small(values.ckpt_dir):
         return
+    jobs = _all_jobs(values, _elsewhere(values, found), settings, found)
+    _placed(values, jobs, outputs.Checkpoint(values.ckpt_dir))
+
+
+def _elsewhere(values: flags.FlagValues, found: Sequence[Entry]) -> WanConfig:
+    """What a checkpoint on the hub or in a bucket will be, as far as can be told from here."""
     count = loading.images_elsewhere(values.ckpt_dir)
     if count is None:
-        config = tasks.likely(values, found)
-    else:
-        config = tasks.check_checkpoint(values, count)
-    jobs = _all_jobs(values, config, settings, found)
-    _placed(values, jobs, outputs.Checkpoint(values.ckpt_dir))
+        return tasks.likely(values, found)
+    return tasks.check_checkpoint(values, count)
 
 
 def _all_jobs(

@@ -197,7 +197,7 @@ class Wan:
         """
         with self._stage("clip", callback) as tower:
             _tell(callback, "clip", 0, 1)
-            run = _program(_encode_views, self.layout)
+            run = _program(see, self.layout)
             tokens = np.asarray(run(tower, self._put(views)), np.float32)
             _tell(callback, "clip", 1, 1)
             del tower
@@ -383,7 +383,8 @@ def _tell(callback: Callback | None, stage: str, done: int, total: int) -> None:
         callback(Progress(stage, done, total))
 
 
-def _encode_views(tower: clip.CLIP, views: Array, *, fetch: None = None) -> Array:
+def see(tower: clip.CLIP, views: Array, *, fetch: None = None) -> Array:
+    """CLIP's tokens [n, s, d] of views [n, side, side, 3], float32 in -1..1."""
     del fetch  # the tower is whole on every device
     return clip.encode(tower, clip.normalise(views))
 

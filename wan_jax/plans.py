@@ -51,6 +51,8 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         axes = {GUIDANCE: self.guidance, ULYSSES: self.ulysses, RING: self.ring}
         parts = [f"{name} {count}" for name, count in axes.items() if count > 1]
+        if self.devices == 1:
+            return "1 device"
         text = f"{self.devices} devices: {' x '.join(parts) or 'everything on each'}"
         return text + (f"; weights of {' and '.join(self.split)} split" if self.split else "")
 

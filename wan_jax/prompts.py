@@ -56,9 +56,9 @@ def _of_flags(values: flags.FlagValues, *, with_images: bool) -> list[Entry]:
         usual = shipped.PROMPT if small else _PROMPT
     else:
         given = (values.image, values.first_frame, values.last_frame)
-        if values.ckpt_dir is None and given == (None, None, None):
+        if values.ckpt_dir is None and values.task is None and given == (None, None, None):
             own = {"image": str(shipped.PICTURE)}
-        elif not values.prompt:
+        elif not values.prompt and not values.plan:
             raise ValueError("--prompt is missing; a text that says what happens is needed")
         usual = shipped.PICTURE_PROMPT
     return [Entry("", {"prompt": text, **own}) for text in values.prompt or [usual]]

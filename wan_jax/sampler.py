@@ -134,8 +134,12 @@ def _checked_step(
     return state, jnp.all(jnp.isfinite(state.x))
 
 
-_jitted_step = xla.jit(
-    _checked_step, static_argnames=("implementation", "layout"), donate_argnames="state"
+# Public for who compiles it ahead of time.
+checked_step = xla.jit(
+    _checked_step,
+    attention=True,
+    static_argnames=("implementation", "layout"),
+    donate_argnames="state",
 )
 
 
@@ -172,7 +176,7 @@ def sample(
         given = spread.place(conds, layout)
     del conds
     for i, row in enumerate(rows[done:], start=done + 1):
-        state, finite = _jitted_step(
+        state, finite = checked_step(
             dit, state, row, given, scale, known, implementation=implementation, layout=layout
         )
         if not bool(finite):

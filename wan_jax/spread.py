@@ -34,7 +34,7 @@ def program(
     given: Any = WHOLE,
     found: Any = WHOLE,
     **arguments: Any,
-) -> Callable[..., Any]:
+) -> xla.Program:
     """xla.jit(function, **arguments), with a layout computed by every device of it.
 
     function: of a network, whose weights lie as layout.weights() says, and of arrays. It lets its
@@ -57,7 +57,7 @@ def program(
     return xla.jit(everywhere, **arguments)
 
 
-def make(function: Callable[[], Any], layout: Layout, spec: PartitionSpec) -> Callable[[], Any]:
+def make(function: Callable[[], Any], layout: Layout, spec: PartitionSpec) -> xla.Program:
     """A program that gives arrays that lie so, each device making what function() says is its."""
     return xla.jit(_map(function, layout, (), spec))
 
@@ -73,7 +73,7 @@ def place(conds: Sequence[Cond], layout: Layout) -> Cond:
 
     Where the mesh has devices for the guidance, each holds its branch only.
     """
-    where = NamedSharding(layout.mesh, _of_branches(len(conds), layout))
+    where = NamedSharding(layout.mesh, of_branches(len(conds), layout))
     return jax.tree.map(lambda *leaves: jax.device_put(jnp.stack(leaves), where), *conds)
 
 
@@ -94,7 +94,7 @@ def velocity(
     along "ulysses"; tokens need not divide.
     """
     weights = _Weights(dit, layout)
-    branches = _of_branches(jax.tree.leaves(conds)[0].shape[0], layout)
+    branches = of_branches(jax.tree.leaves(conds)[0].shape[0], layout)
     given = [x] if known is None else [x, jnp.broadcast_to(known, (*x.shape[:-1], known.shape[-1]))]
 
     def run(leaves: Sequence[Array], t: Array, *arguments: Any) -> Array:
@@ -112,7 +112,7 @@ def _map(run: Callable[..., Any], layout: Layout, specs: Any, out: Any) -> Calla
     return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=out, check_vma=False)
 
 
-def _of_branches(count: int, layout: Layout) -> PartitionSpec:
+def of_branches(count: int, layout: Layout) -> PartitionSpec:
     """How [branches, layers, b, ...] lies: a branch each if there are devices for two."""
     apart = count == 2 and layout.size(GUIDANCE) == 2
     return PartitionSpec(GUIDANCE if apart else None, None, BATCH)

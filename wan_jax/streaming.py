@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wan_jax import spread, vae
+from wan_jax import spread, vae, xla
 from wan_jax.columns import SPLIT, columns_on
 from wan_jax.config import VAEConfig
 from wan_jax.sampler import DivergedError
@@ -26,6 +26,11 @@ Array = jax.Array
 # At most so many latent frames are decoded at a time, and a number that divides, so that one
 # program serves all chunks. On an H200 at 480P: 1 takes 1.23 s for 81 frames, 2 1.18 s, 5 1.15 s.
 DECODE_CHUNK = 2
+
+
+def decode_chunk(count: int) -> int:
+    """Latent frames that are decoded at a time, after the first, of a video that has so many."""
+    return max(k for k in range(1, DECODE_CHUNK + 1) if (count - 1) % k == 0)
 
 
 def encode(
@@ -52,7 +57,7 @@ def encode(
             state = zeros(vae.encoder_state, network.config, (b, y // stride, x // stride), layout)
         if pixels is not before:  # grey chunks are one array, and cross to the device once
             placed, before = place(pixels, layout), pixels
-        latents, state = _encode_program(i == 0, dtype, layout)(network, placed, state)
+        latents, state = encode_program(i == 0, dtype, layout)(network, placed, state)
         found = np.asarray(latents)
         if not np.isfinite(found).all():
             raise DivergedError(f"{what}'s latents became NaN or infinite at latent frame {i}")
@@ -69,7 +74,7 @@ def decode(
     for frames that hold NaN.
     """
     b, count, height, width, _ = latents.shape
-    chunk = max(k for k in range(1, DECODE_CHUNK + 1) if (count - 1) % k == 0)
+    chunk = decode_chunk(count)
     state = zeros(vae.decoder_state, network.config, (b, height, width), layout)
     latents = place(latents, layout)
     # One image is rounded, as the reference saves it; a video is truncated, as it writes those.
@@ -77,7 +82,7 @@ def decode(
     waiting: tuple[Array, Array, int] | None = None
     for start in (0, *range(1, count, chunk)):
         stop = 1 if start == 0 else start + chunk
-        run = _decode_program(start == 0, pixels, dtype, layout)
+        run = decode_program(start == 0, pixels, dtype, layout)
         # A dynamic slice: a static one would be a program of its own for every chunk.
         piece = lax.dynamic_slice_in_dim(latents, start, stop - start, axis=1)
         found, finite, state = run(network, piece, state, rounding)
@@ -116,16 +121,17 @@ def zeros(
     if layout is None:
         b, height, width = shape
         return place(make(config, b, height=height, width=width), None)
-    return _zeros_program(make, config, shape, layout)()
+    return zeros_program(make, config, shape, layout)()
 
 
 @functools.cache
-def _zeros_program(
+def zeros_program(
     make: Callable[..., vae.State],
     config: VAEConfig,
     shape: tuple[int, int, int],
     layout: Layout,
-) -> Callable[[], vae.State]:
+) -> xla.Program:
+    """The program by which zeros() makes it with a layout."""
     b, height, width = shape
     columns = columns_on(layout, width)
     own = functools.partial(make, config, b, height=height, width=width, columns=columns)
@@ -136,13 +142,13 @@ def _precision(dtype: str) -> lax.Precision:
     """The reference's: TF32 convolutions on NVIDIA; three bfloat16 passes are TPU's nearest."""
     if dtype == "float32":
         return lax.Precision.HIGHEST
-    return lax.Precision.HIGH if jax.default_backend() == "tpu" else lax.Precision.DEFAULT
+    return lax.Precision.HIGH if xla.traced_for().platform == "tpu" else lax.Precision.DEFAULT
 
 
 @functools.cache
-def _encode_program(first: bool, dtype: str, layout: Layout | None) -> Callable[..., Any]:
+def encode_program(first: bool, dtype: str, layout: Layout | None) -> xla.Program:
     """The compiled encoder of a first or a following chunk; the state's buffers are reused."""
-    encode_chunk = vae.encode_first if first else vae.encode_next
+    own = vae.encode_first if first else vae.encode_next
 
     def run(
         network: vae.VAE, pixels: Array, state: vae.State, *, fetch: None = None
@@ -152,18 +158,16 @@ def _encode_program(first: bool, dtype: str, layout: Layout | None) -> Callable[
         if columns is not None:
             pixels = columns.take(pixels)
         precision = _precision(dtype)
-        latents, state = encode_chunk(network, pixels, state, precision=precision, columns=columns)
+        latents, state = own(network, pixels, state, precision=precision, columns=columns)
         return latents if columns is None else columns.join(latents), state
 
     return spread.program(run, layout, given=(WHOLE, SPLIT), found=(WHOLE, SPLIT), donate_argnums=2)
 
 
 @functools.cache
-def _decode_program(
-    first: bool, pixels: str, dtype: str, layout: Layout | None
-) -> Callable[..., Any]:
+def decode_program(first: bool, pixels: str, dtype: str, layout: Layout | None) -> xla.Program:
     """The compiled decoder of a first or a following chunk; the state's buffers are reused."""
-    decode_chunk = vae.decode_first if first else vae.decode_next
+    own = vae.decode_first if first else vae.decode_next
 
     def run(
         network: vae.VAE, latents: Array, state: vae.State, rounding: Array, *, fetch: None = None
@@ -173,7 +177,7 @@ def _decode_program(
         if columns is not None:
             latents = columns.take(latents)
         precision = _precision(dtype)
-        frames, state = decode_chunk(network, latents, state, precision=precision, columns=columns)
+        frames, state = own(network, latents, state, precision=precision, columns=columns)
         if columns is not None:
             frames = columns.real(frames)
         finite = jnp.all(jnp.isfinite(frames))

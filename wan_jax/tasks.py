@@ -159,7 +159,8 @@ def image_flag(name: str, count: int) -> str:
 def settings(values: flags.FlagValues, configs: Path) -> dict[str, Any]:
     """The settings of --task or --config, {} without either. configs: the folder of the tasks'.
 
-    Raises ValueError for both, for a task without a checkpoint, and for a file that is none.
+    Raises ValueError for both, for a task without a checkpoint that is to run, and for a file that
+    is none.
     """
     task = chosen(values)
     if task is None:
@@ -168,7 +169,7 @@ def settings(values: flags.FlagValues, configs: Path) -> dict[str, Any]:
         raise ValueError(
             f"--task {values.task} and --config {values.config} are both given; need one"
         )
-    if values.ckpt_dir is None:
+    if values.ckpt_dir is None and not values.plan:
         raise ValueError(
             f"--task {values.task} needs --ckpt_dir: a folder, or {task.repository}, which is "
             "downloaded"

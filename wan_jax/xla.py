@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,33 +15,74 @@ _OPTIONS: dict[str, dict[str, bool | str]] = {
     "cuda": _GPU,
     "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
 }
+# v5p lets a kernel have 16 MiB of VMEM by default, and the tiles of attention.py need more. This is
+# for programs with attention: a convolution that may have it takes five times as long to compile.
+_ROOM: dict[str, bool | str] = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+_ATTENTION = {"TPU v5": _ROOM, "TPU v5p": _ROOM}
 
 
-def compiler_options(platform: str) -> dict[str, bool | str]:
-    """XLA options of every program for "gpu", "cpu" or "tpu"."""
-    return _OPTIONS.get(platform, {})
+def compiler_options(
+    platform: str, kind: str = "", *, attention: bool = False
+) -> dict[str, bool | str]:
+    """XLA options of every program for "gpu", "cpu" or "tpu", of devices of this kind.
 
-
-def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
-    """jax.jit(function, **arguments) with the options of the platform that its first array is on.
-
-    The program is made at the first call: asking for the platform on import would start it.
+    attention: those of a program whose attention is as long as a video.
     """
-
-    @functools.cache
-    def program(platform: str) -> Callable[..., Any]:
-        return jax.jit(function, compiler_options=compiler_options(platform), **arguments)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return program(_platform(args))(*args, **kwargs)
-
-    return call
+    return _OPTIONS.get(platform, {}) | (_ATTENTION.get(kind, {}) if attention else {})
 
 
-def _platform(args: Any) -> str:
+class Traced(NamedTuple):
+    """The devices that a program is traced for; platform: "gpu", "tpu" or "cpu"; kind: by jax."""
+
+    platform: str
+    kind: str
+
+
+def traced_for() -> Traced:
+    """What is being traced is for these: inside shard_map the devices of its mesh.
+
+    So it is right also for a program compiled ahead of time for devices that are not there.
+    """
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    return Traced(device.platform, device.device_kind)
+
+
+class Program:
+    """What jit() gives: called, or by on(device).trace(...) compiled ahead of time."""
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: dict[str, Any], *, attention: bool
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._arguments, self._attention = function, arguments, attention
+        self._made: dict[tuple[str, str], Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.on(_device(args))(*args, **kwargs)
+
+    def on(self, device: jax.Device) -> Any:
+        """What jax.jit() gives for devices of this kind."""
+        key = device.platform, device.device_kind
+        if key not in self._made:
+            options = compiler_options(*key, attention=self._attention)
+            self._made[key] = jax.jit(self._function, compiler_options=options, **self._arguments)
+        return self._made[key]
+
+
+def jit(function: Callable[..., Any], *, attention: bool = False, **arguments: Any) -> Program:
+    """jax.jit(function, **arguments) with the options of the device that its first array is on.
+
+    The program is made at the first call: asking for the device on import would start it.
+    attention: whether it has attention as long as a video.
+    """
+    return Program(function, arguments, attention=attention)
+
+
+def _device(args: Any) -> jax.Device:
     arrays = (leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array))
     first = next(arrays, None)
     if first is None or isinstance(first, jax.core.Tracer):
-        return jax.default_backend()
-    return next(iter(first.devices())).platform
+        return jax.devices()[0]
+    return next(iter(first.devices()))

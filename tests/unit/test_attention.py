@@ -10,6 +10,7 @@ import pytest
 from tests import tolerances
 from tests.random_weights import relative_l2
 from wan_jax import attention as module
+from wan_jax import xla
 from wan_jax.attention import attention, merge, partial_attention
 
 
@@ -155,6 +156,38 @@ def test_keys_past_the_count_are_not_attended_to(
     assert weight.dtype == jnp.float32 and weight.shape == (2, 29, 3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "length", "tiles"),
+    [
+        ("TPU v6 lite", 75600, (3024, 2048, 1024)),
+        ("TPU v5", 75600, (3024, 2048, 1024)),
+        ("TPU7x", 32760, (2048, 2048, 1024)),
+        ("TPU v6 lite", 37800, (2224, 1024, 1024)),  # half of them, on a member of a ring
+        ("TPU v5 lite", 75600, (1008, 1024, 1024)),
+        ("TPU v6 lite", 257, (272, 384, 384)),
+        ("cpu", 13, (16, 128, 128)),
+    ],
+)
+def test_tiles_are_of_the_kind_of_device_and_pad_little(
+    kind: str, length: int, tiles: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xla, "traced_for", lambda: xla.Traced("tpu", kind))
+    assert module._tiles(length, length, jnp.bfloat16) == tiles
+    assert max(module._tiles(length, length, jnp.float32)) <= 1024
+
+
+@pytest.mark.parametrize("kind", ["TPU v6 lite", "TPU v5 lite"])
+def test_tiles_of_any_length_are_ones_that_the_kernel_takes(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xla, "traced_for", lambda: xla.Traced("tpu", kind))
+    for length in (1, 17, 127, 128, 129, 1023, 1025, 1040, 2049, 3025, 9450, 18900, 75600):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            found = module._tiles(length, length, dtype)
+            assert found.queries % 16 == 0 and found.queries <= 3024
+            assert found.at_once % 128 == 0 and found.keys % found.at_once == 0
+
+
 def test_unknown_implementation_is_named() -> None:
     operands = draw(4, 4)
     with pytest.raises(ValueError, match="'flash3'.*cudnn.*splash.*chunked"):
@@ -178,7 +211,7 @@ def test_splash_is_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'splash' is given float16"):
         attention(*operands, implementation="splash")
     expected = attention(*operands, implementation="chunked")
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(xla, "traced_for", lambda: xla.Traced("tpu", "TPU v6 lite"))
     np.testing.assert_array_equal(attention(*operands), expected)
 
 

@@ -131,7 +131,7 @@ def test_what_diverges_on_one_device_is_known_on_all() -> None:
     past = np.zeros(state.conv_out.shape, np.float32)
     past[..., 2 * past.shape[3] // 4 + 1, :] = np.nan  # the first of the third device's own
     state = state._replace(conv_out=jax.device_put(past, state.conv_out.sharding))
-    run = streaming._decode_program(False, "float32", "float32", layout)
+    run = streaming.decode_program(False, "float32", "float32", layout)
     chunk = streaming.place(jnp.asarray(latents(TINY, PADDED.width)[:, 1:3]), layout)
     frames, finite, _ = run(on_the_devices(TINY, layout), chunk, state, 0.0)
     found = {bool(np.isfinite(frames[..., i, :]).all()) for i in range(frames.shape[3])}
@@ -163,10 +163,10 @@ def _compiled(kind: str) -> Any:
     layout = Plan(ring=2, ulysses=2).layout()
     if kind == "encode":
         make, shape = vae.encoder_state, (1, 2, 2 * HEIGHT, 2 * PADDED.width, 3)
-        program, more = streaming._encode_program(False, "float32", layout), ()
+        program, more = streaming.encode_program(False, "float32", layout), ()
     else:
         make, shape = vae.decoder_state, (1, 1, HEIGHT, PADDED.width, 16)
-        program, more = streaming._decode_program(False, "uint8", "float32", layout), (0.0,)
+        program, more = streaming.decode_program(False, "uint8", "float32", layout), (0.0,)
     state = streaming.zeros(make, TINY, (1, HEIGHT, PADDED.width), layout)
     source = streaming.place(jnp.zeros(shape), layout)
     plain = jax.jit(program.__wrapped__, donate_argnums=2)  # type: ignore[attr-defined]

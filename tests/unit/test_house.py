@@ -55,8 +55,11 @@ ORDER = (
     {"weights.export", "weights.miniature", "weights.lora_files", "weights.derived"},
     {"weights.adapters"},
     {"request", "streaming"},
-    {"pipeline"},
-    {"loading"},
+    {"pipeline", "planning.targets", "planning.costs"},
+    {"loading", "planning.programs", "planning.vae_costs"},
+    {"planning.needs"},
+    {"planning.estimate"},
+    {"planning.changes"},
     {"__init__", "converter"},
     {"training.dataset", "training.entries"},
     {"training.batches", "training.cache"},
@@ -64,7 +67,7 @@ ORDER = (
     {"resume", "machine", "outputs", "prompts"},
     {"tasks"},
     {"jobs", "devices"},
-    {"runner"},
+    {"runner", "planning.command"},
     {"training.optimizer", "training.metrics", "training.flow", "training.lora"},
     {"training.step"},
     {"training.saving"},
@@ -87,7 +90,7 @@ ORDER = (
     {"training.miniature.evaluate", "training.miniature.pack", "training.miniature.examples"},
     {"training.miniature.__main__"},
 )
-MARKERS = {"weights.__init__", "training.__init__", "training.miniature.__init__"}
+MARKERS = {f"{name}.__init__" for name in ("planning", "weights", "training", "training.miniature")}
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 BANNED = {"torch", "diffusers", "transformers", "benchmarks", "convert", "tests"}
 TOP = {

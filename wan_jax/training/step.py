@@ -61,7 +61,7 @@ def make_step(
         ema = _averaged(state.ema, params, state.step, config.ema_decay) if state.ema else {}
         return State(state.step + 1, params, moments, ema, state.key), metrics | found
 
-    return xla.jit(step, donate_argnums=0, **options)
+    return xla.jit(step, attention=True, donate_argnums=0, **options)
 
 
 def _accumulated(

@@ -1,0 +1,231 @@
+"""What DiT, UMT5 and CLIP cost by formula: products, weights, bytes that devices tell each other.
+
+Formulas, because a compiler's count leaves out what a kernel of its own computes. A product of
+[m, k] and [k, n] is 2 m k n. Axes: l tokens of a video, s of text, d width, n devices.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config
+from wan_jax.plans import Plan
+from wan_jax.sequence import Share
+from wan_jax.sharding import AXES, weight_spec
+
+# The weights of a block that its keys and values of the text are made by, once a prompt.
+_ONCE = ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
+# So many times the residual stream is read or written in a block, at 3 bytes on average of its
+# float32 and of bfloat16 around it.
+_PASSES = 22
+_PASS_BYTES = 3
+
+
+class Flops(NamedTuple):
+    """Multiplications and additions: of attention (both its products), of matrices, of the VAE."""
+
+    attention: float = 0.0
+    linear: float = 0.0
+    conv: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self)
+
+    def times(self, factor: float) -> "Flops":
+        """Of so many of these."""
+        return Flops(*(value * factor for value in self))
+
+
+def tokens_of(config: DiTConfig, latent_shape: tuple[int, ...]) -> int:
+    """Tokens of a video whose latents are [t, h, w, c]."""
+    return math.prod(latent_shape[:3]) // math.prod(config.patch_size)
+
+
+def image_tokens(config: DiTConfig, clip: CLIPConfig | None) -> int:
+    """Tokens of the images that each token of a video attends to."""
+    return 0 if clip is None else config.images * clip.num_tokens
+
+
+# Products
+
+
+def dit(config: DiTConfig, tokens: int, *, images: int = 0, plan: Plan | None = None) -> Flops:
+    """One forward of one video, or what one device of a plan has of it, padding included.
+
+    images: as image_tokens() gives it.
+    """
+    plan = plan or Plan()
+    share = Share(tokens, plan.ring, plan.ulysses)
+    rows, d = share.rows, config.dim
+    # With a ring the padded keys are computed, and not counted in.
+    keys = rows * plan.ring * plan.ulysses if plan.ring > 1 else tokens
+    text = config.text_len + images
+    attention = 4 * rows * d * (keys + text)
+    linear = 12 * rows * d * d + 4 * rows * d * config.ffn_dim
+    patch = math.prod(config.patch_size)
+    ends = 2 * rows * d * patch * (config.in_channels + config.out_channels)
+    time = 2 * d * (config.freq_dim + 7 * d)
+    layers = config.num_layers
+    return Flops(layers * attention, layers * linear + ends + time)
+
+
+def conditions(config: DiTConfig, *, images: int = 0) -> Flops:
+    """DiT.prepare() of one text and its images."""
+    s, d = config.text_len, config.dim
+    text = 2 * s * d * (config.text_dim + d)
+    width = config.image_dim or 0
+    image = 2 * images * width * (width + d)
+    return Flops(linear=text + image + config.num_layers * 4 * (s + images) * d * d)
+
+
+def text(config: UMT5Config, length: int) -> Flops:
+    """UMT5's states of one text, padded to so many tokens."""
+    d, width = config.dim, config.num_heads * config.head_dim
+    linear = 2 * length * d * (4 * width + 3 * config.ffn_dim)
+    layers = config.num_layers
+    return Flops(layers * 4 * length**2 * width, layers * linear)
+
+
+def views(config: CLIPConfig) -> Flops:
+    """CLIP's tokens of one image; the last block is left out."""
+    s, d = config.num_tokens, config.dim
+    embed = 2 * config.grid**2 * config.patch_size**2 * 3 * d
+    linear = 2 * s * d * (4 * d + 2 * config.ffn_dim)
+    layers = config.num_layers - 1
+    return Flops(layers * 4 * s * s * d, embed + layers * linear)
+
+
+# Memory
+
+
+def weight_bytes(network: Any, devices: int = 1) -> int:
+    """Bytes of a network's weights on a device, whole or split over so many.
+
+    network: a module with shapes for arrays. Small arrays and those that do not divide are whole.
+    """
+    return sum(
+        _bytes(leaf) // (devices if _is_split(leaf, devices) else 1)
+        for leaf in jax.tree.leaves(network)
+    )
+
+
+def gathered_bytes(network: Any, devices: int, wanted: Callable[[list[str]], bool]) -> int:
+    """Bytes of split weights that are whole on a device at once: two layers, and all but layers.
+
+    wanted: of a weight's names, from the outside in, whether it is read.
+    """
+    total = 0
+    for names, leaf in _split_leaves(network, devices):
+        if not wanted(names):
+            continue
+        total += 2 * _bytes(leaf) // leaf.shape[0] if names[0] == "layers" else _bytes(leaf)
+    return total
+
+
+def dit_working_bytes(config: DiTConfig, tokens: int, plan: Plan) -> int:
+    """Bytes of activations that a block needs at once on a device.
+
+    l (12 d + 2 f) for l tokens of width d and hidden width f: the residual stream in float32 before
+    and after (8 d), the hidden values (2 f), and q, k and v or what goes into the hidden layer and
+    comes out. Measured on an H200: 5.5 GiB where this gives 6.3, and 1.1 to 1.3 where it gives 1.1.
+    """
+    rows = Share(tokens, plan.ring, plan.ulysses).rows
+    return rows * (12 * config.dim + 2 * config.ffn_dim)
+
+
+def own_branches(plan: Plan, branches: int) -> int:
+    """How many of the branches of guidance a device computes."""
+    return 1 if plan.guidance > 1 else branches
+
+
+def condition_bytes(config: DiTConfig, *, images: int, plan: Plan, branches: int) -> int:
+    """Bytes of the text's and the images' keys and values on a device, bfloat16."""
+    own = own_branches(plan, branches)
+    rows = config.text_len + images
+    return own * config.num_layers * rows * config.dim * 2 * 2
+
+
+def dit_traffic(config: DiTConfig, tokens: int, *, weights: int, plan: Plan) -> float:
+    """Bytes that one forward reads and writes in the memory of a device."""
+    rows = Share(tokens, plan.ring, plan.ulysses).rows
+    return weights + config.num_layers * _PASSES * _PASS_BYTES * rows * config.dim
+
+
+# What devices tell each other
+
+
+def step_sent(
+    config: DiTConfig,
+    latent_shape: tuple[int, ...],
+    *,
+    plan: Plan,
+    branches: int,
+    network: Any,
+    itemsize: int = 2,
+) -> int:
+    """Bytes that a device sends in one guided step of one video.
+
+    itemsize: of attention's operands. Ulysses sends all but its own part of q, k, v and the result;
+    a ring every key and value to all members but one; the end of a branch is told to all, and where
+    branches are apart the velocity to the other. Split weights are sent as they are gathered.
+    """
+    share = Share(tokens_of(config, latent_shape), plan.ring, plan.ulysses)
+    block = share.rows * config.dim * itemsize
+    exchanged = 4 * block * (plan.ulysses - 1) // plan.ulysses
+    passed = 2 * block * (plan.ring - 1)
+    patch = math.prod(config.patch_size) * config.out_channels * 4
+    joined = share.rows * patch * (plan.ring * plan.ulysses - 1)
+    own, apart = own_branches(plan, branches), plan.guidance > 1 and branches > 1
+    velocity = math.prod(latent_shape[:3]) * config.out_channels * 4 if apart else 0
+    total = own * (config.num_layers * (exchanged + passed) + joined) + velocity
+    if plan.dit_fsdp:
+        total += own * sent_weights(network, plan.devices, lambda n: _in_step(n, layer=True))
+        total += sent_weights(network, plan.devices, lambda n: _in_step(n, layer=False))
+    return total
+
+
+def conditions_sent(network: Any, devices: int) -> int:
+    """Bytes that a device sends as DiT.prepare() gathers split weights of n devices."""
+    return sent_weights(network, devices, once)
+
+
+def sent_weights(network: Any, devices: int, wanted: Callable[[list[str]], bool]) -> int:
+    """Bytes that a device sends as split weights are gathered once; wanted as above."""
+    return sum(
+        _bytes(leaf) * (devices - 1) // devices
+        for names, leaf in _split_leaves(network, devices)
+        if wanted(names)
+    )
+
+
+def once(names: list[str]) -> bool:
+    """Whether a weight of the DiT is for the conditions of a prompt, and no step reads it."""
+    if names[0] == "layers":
+        return names[1] == "cross_attn" and names[2] in _ONCE
+    return names[0] in ("text_in", "text_out", "image")
+
+
+def _in_step(names: list[str], *, layer: bool) -> bool:
+    return not once(names) and (names[0] == "layers") == layer
+
+
+def _split_leaves(network: Any, devices: int) -> list[tuple[list[str], Any]]:
+    """The weights that are split, with their names from the outside in."""
+    found, _ = jax.tree.flatten_with_path(network)
+    return [
+        ([str(getattr(key, "name", key)) for key in keys], leaf)
+        for keys, leaf in found
+        if _is_split(leaf, devices)
+    ]
+
+
+def _is_split(leaf: Any, devices: int) -> bool:
+    return bool(tuple(weight_spec(leaf.shape, AXES, devices)))
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
