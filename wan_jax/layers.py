@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -37,6 +38,38 @@ def xavier(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 def normal(std: float) -> Init:
     """Initialiser: Gaussian of standard deviation `std`."""
     return lambda key, shape, dtype: (std * jax.random.normal(key, shape)).astype(dtype)
+
+
+@jax.custom_vjp
+def lookup(table: Array, index: Array) -> Array:
+    """Rows of a table [n, ...] by integers [...]; NaN for one outside 0..n-1.
+
+    Its gradient is a product with ones and zeros. Adding rows up one by one, as JAX's own does,
+    makes the threads of a GPU wait for each other wherever texts repeat a token, as padding does:
+    118 of 157 ms of a training step on an H200.
+    """
+    return jnp.take(table, index, axis=0)
+
+
+def _lookup_forward(table: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+    return lookup(table, index), (table, index)
+
+
+def _lookup_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, np.ndarray]:
+    table, index = kept
+    picked = jax.nn.one_hot(index, table.shape[0], dtype=gradient.dtype)
+    over = tuple(range(index.ndim))
+    total = lax.dot_general(
+        picked,
+        gradient,
+        ((over, over), ((), ())),
+        precision=precision_of(gradient.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return total.astype(table.dtype), np.zeros(index.shape, jax.dtypes.float0)
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class LowRank(nnx.Module):

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 
 from wan_jax.config import UMT5Config
-from wan_jax.layers import Array, Linear, RMSNorm, gelu_tanh, linear, normal, precision_of
+from wan_jax.layers import Array, Linear, RMSNorm, gelu_tanh, linear, lookup, normal, precision_of
 
 
 class Attention(nnx.Module):
@@ -125,7 +125,7 @@ def _block(
     block: Block, x_bsd: Array, buckets: np.ndarray, mask_bs: Array, config: UMT5Config
 ) -> Array:
     """One encoder block, [b, s, d] to [b, s, d] in the dtype of the weights."""
-    bias_nqk = block.position[...][buckets].transpose(2, 0, 1)
+    bias_nqk = lookup(block.position[...], jnp.asarray(buckets)).transpose(2, 0, 1)
     h = _norm(block.norm1, x_bsd, eps=config.eps)
     x_bsd = x_bsd + _attention(block.attn, h, bias_nqk, mask_bs, heads=config.num_heads)
     h = _norm(block.norm2, x_bsd, eps=config.eps)
@@ -157,7 +157,7 @@ def encode(
             block if fetch is None else fetch(block), x_bsd, buckets, mask_bs, config
         ), None
 
-    x_bsd = jnp.take(umt5.embedding[...], ids_bs, axis=0)
+    x_bsd = lookup(umt5.embedding[...], ids_bs)
     x_bsd, _ = lax.scan(step, x_bsd, umt5.layers)
     x_bsd = _norm(umt5.norm, x_bsd, eps=config.eps)
     return jnp.where(mask_bs[..., None], x_bsd, jnp.zeros((), x_bsd.dtype))

@@ -1,5 +1,6 @@
 """UMT5 without torch: size, buckets, padding, precision, names and dimensions."""
 
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ from tests import tolerances
 from tests.random_weights import random_array, relative_l2
 from wan_jax import umt5 as umt5_module
 from wan_jax.config import T2V_1_3B, UMT5Config
+from wan_jax.layers import lookup
 from wan_jax.umt5 import UMT5, position_buckets
 from wan_jax.weights import rules, trees
 from wan_jax.weights import umt5 as umt5_weights
@@ -248,3 +250,29 @@ def test_config_from_diffusers_rejects(name: str, value: object) -> None:
 def test_config_from_diffusers_names_what_is_missing() -> None:
     with pytest.raises(ValueError, match=r"lacks \['d_kv'\]"):
         umt5_weights.config_from_diffusers({k: v for k, v in DIFFUSERS.items() if k != "d_kv"})
+
+
+def test_lookup_has_the_gradient_of_take():
+    rng = np.random.default_rng(3)
+    table = jnp.asarray(rng.standard_normal((7, 5)), jnp.float32)
+    index = jnp.asarray([[0, 3, 0], [6, 0, 3]], jnp.int32)
+    weights = jnp.asarray(rng.standard_normal((2, 3, 5)), jnp.float32)
+
+    def total(take, table):
+        return jnp.sum(weights * jnp.square(take(table)))
+
+    ours, want = (
+        jax.grad(functools.partial(total, take))(table)
+        for take in (lambda t: lookup(t, index), lambda t: jnp.take(t, index, axis=0))
+    )
+    np.testing.assert_allclose(ours, want, rtol=1e-6)
+    assert not np.any(np.asarray(ours)[[1, 2, 4, 5]])
+    np.testing.assert_array_equal(lookup(table, index), table[np.asarray(index)])
+
+
+def test_lookup_keeps_small_shares_of_a_narrow_gradient():
+    """Thousands of times the same token: in bfloat16 a running sum would stop at 256."""
+    table = jnp.zeros((4, 2), jnp.bfloat16)
+    index = jnp.zeros((1000,), jnp.int32)
+    found = jax.grad(lambda t: jnp.sum(lookup(t, index).astype(jnp.float32)))(table)
+    assert float(found[0, 0]) == 1000.0

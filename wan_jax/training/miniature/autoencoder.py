@@ -42,7 +42,7 @@ class Phase(NamedTuple):
     kl_weight: float
 
 
-PHASES = (Phase("draw", 3000, 6400, 1e-3, 1e-5), Phase("settle", 0, 3000, 5e-4, 1e-3))
+PHASES = (Phase("draw", 2500, 5000, 1e-3, 1e-5), Phase("settle", 0, 2500, 5e-4, 1e-3))
 L1_WEIGHT = 0.05
 _STILLS, _CLIPS = 64, 8  # a step
 _FRAMES = 17  # of a clip, from anywhere in it

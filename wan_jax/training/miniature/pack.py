@@ -25,7 +25,7 @@ PICTURE = "picture.png"
 SCENE = world.Scene(
     objects=(
         world.Object(
-            "star", "yellow", "large", "right", x=80.0, y=48.0, radius=16.3, reach=36.0, phase=0.0
+            "star", "yellow", "large", "right", x=80.0, y=48.0, radius=19.2, reach=32.0, phase=0.0
         ),
     ),
     background=world.Background("gradient", "dark", level=0.15, span=0.29, turn=1),

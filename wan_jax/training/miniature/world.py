@@ -31,7 +31,8 @@ COLOURS = {
 # and white have none, which would make them background.
 EXTRA_COLOURS = {"lime": (0.55, 1.00, 0.05)}
 PALETTE = COLOURS | EXTRA_COLOURS
-SIZES = {"small": 0.09, "medium": 0.125, "large": 0.17}  # radius / side
+# radius / side; as large as leaves two of them room, as a transformer sees by 16 pixels.
+SIZES = {"small": 0.12, "medium": 0.155, "large": 0.2}
 KINDS = ("plain", "gradient", "checkered")
 TONES = {"dark": 0.15, "grey": 0.45, "light": 0.78}  # mean brightness
 # Steps on the screen, x to the right and y down.
@@ -336,9 +337,9 @@ def _place(
 def _reach(motion: str, two: bool, chance: float) -> float:
     """How far an object moves, in sides: less where another moves too."""
     if motion in DIRECTIONS:
-        return (0.28 if two else 0.36) + 0.06 * chance
+        return (0.26 if two else 0.31) + 0.06 * chance
     if motion == "orbit":
-        return (0.15 if two else 0.19) + 0.02 * chance
+        return (0.13 if two else 0.17) + 0.02 * chance
     return 0.28 + 0.06 * chance if motion == "bounce" else 0.0
 
 
