@@ -83,7 +83,7 @@ ORDER = (
         "training.miniature.judge",
         "training.miniature.files",
     },
-    {"training.miniature.networks"},
+    {"training.miniature.networks", "training.miniature.running"},
     {"training.miniature.autoencoder", "training.miniature.text", "training.miniature.reader"},
     {"training.miniature.pool"},
     {"training.miniature.transformer"},

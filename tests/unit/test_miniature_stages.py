@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from wan_jax.training.miniature import (
     networks,
     pool,
     reader,
+    running,
     transformer,
     world,
 )
@@ -32,7 +34,7 @@ from wan_jax.weights import folders
 SIZES = ((48, 32),)
 PHASES = (
     autoencoder.Phase("draw", 3, 2, 1e-3, 1e-5),
-    autoencoder.Phase("settle", 0, 1, 5e-4, 1e-3),
+    autoencoder.Phase("settle", 0, 1, 5e-4, 1e-5, small_weight=0.5),
 )
 READER = reader.RECIPE._replace(steps=2, batch_size=2, scenes=4, captions=2)
 _DIT = DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, text_len=80)
@@ -107,6 +109,35 @@ def test_every_stage_writes_what_learned(out: Path) -> None:
     for stage, steps in runs.items():
         lines = metrics.read(out / stage / metrics.FILE)
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
+
+
+def test_latents_are_also_drawn_at_half_the_size(out: Path) -> None:
+    (draw, *_), (settle,) = (
+        metrics.read(out / "vae" / n / metrics.FILE) for n in ("draw", "settle")
+    )
+    assert settle["psnr_small"] > 0 and "psnr_small" not in draw
+    numbers = np.arange(2 * 3 * 4 * 6 * 2, dtype=np.float32).reshape(2, 3, 4, 6, 2)
+    found = np.asarray(autoencoder._halved(numbers))
+    assert found.shape == (2, 3, 2, 3, 2)
+    np.testing.assert_array_equal(found[1, 2, 1, 2], numbers[1, 2, 2:, 4:].mean((0, 1)))
+
+
+def test_a_stage_that_left_goes_on_to_the_same_weights(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out / "tokenizer", tmp_path / "tokenizer")
+    with pytest.raises(running.Paused, match="reader has made 1 of 2 steps"):
+        reader.train(tmp_path, seed=0, recipe=READER, stop=lambda: True)
+    assert not (tmp_path / "reader.safetensors").exists()
+    reader.train(tmp_path, seed=0, recipe=READER)
+    left, whole = (files.network(folder, "reader")[0] for folder in (tmp_path, out))
+    for name, array in whole.items():
+        np.testing.assert_array_equal(left[name], array)
+
+
+def test_stages_leave_after_a_signal_or_their_minutes() -> None:
+    now = time.monotonic()
+    cases = (([], None, False), ([], now + 60, False), ([], now - 1, True), ([15], None, True))
+    for signals, end, wanted in cases:
+        assert running.until(signals, end)() is wanted
 
 
 def test_a_phase_goes_on_only_from_the_weights_it_began_with(

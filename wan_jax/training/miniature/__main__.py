@@ -5,21 +5,27 @@
 The stages, each in minutes on one H200: tokenizer, vae, reader (the text encoder), t2v (with it),
 i2v (with the CLIP tower), flf2v, evaluate, pack, and examples, which writes clips of a new colour
 for a LoRA into DIR/lime. A stage needs those before it in the same DIR (examples none); one that
-was cut short goes on from its newest checkpoint.
+was cut short goes on from its newest checkpoint. Ctrl-C, SIGTERM and --minutes let the step end and
+write one; the exit status is then 130, 143 or, after --minutes, 75.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from absl import app, flags
 
+from wan_jax import runner
 from wan_jax.training.loop import Report
+from wan_jax.training.miniature.running import Paused, Stop, until
 
+_TEMPORARY = 75  # EX_TEMPFAIL: try again
 STAGES = ("tokenizer", "vae", "reader", "t2v", "i2v", "flf2v", "evaluate", "pack", "examples")
 _OUT = flags.DEFINE_string("out", None, "where the stages write", required=True)
 _STAGES = flags.DEFINE_list("stages", ["all"], f"all, or some of {', '.join(STAGES)}")
 _SEED = flags.DEFINE_integer("seed", 0, "what every random draw comes from")
+_MINUTES = flags.DEFINE_float("minutes", None, "leave, with a checkpoint, after so many", 0.0)
 _CLIPS = flags.DEFINE_integer("clips", 200, "evaluate: clips of one object, and of images")
 _PAIRS = flags.DEFINE_integer("pairs", 100, "evaluate: clips of two objects")
 
@@ -30,13 +36,20 @@ def main(_: list[str]) -> None:
     unknown = [stage for stage in chosen if stage not in STAGES]
     if unknown:
         raise app.UsageError(f"--stages has {unknown}; accepted: all, or some of {STAGES}")
-    for stage in STAGES:
-        if stage in chosen:
-            _say(f"stage {stage}")
-            _run(stage, Path(_OUT.value))
+    end = None if _MINUTES.value is None else time.monotonic() + 60 * _MINUTES.value
+    with runner.held_back(active=True) as signals:
+        leave = until(signals, end)
+        try:
+            for stage in STAGES:
+                if stage in chosen:
+                    _say(f"stage {stage}")
+                    _run(stage, Path(_OUT.value), leave)
+        except Paused as error:
+            _say(f"{error}; the same command goes on")
+            sys.exit(128 + signals[0] if signals else _TEMPORARY)
 
 
-def _run(stage: str, out: Path) -> None:
+def _run(stage: str, out: Path, stop: Stop) -> None:
     """One stage; what it needs is imported here, so that a wrong flag is answered at once."""
     from wan_jax.training.miniature import (
         autoencoder,
@@ -52,9 +65,9 @@ def _run(stage: str, out: Path) -> None:
     if stage == "tokenizer":
         text.train_tokenizer(captions.corpus(20_000, _SEED.value), out / "tokenizer")
     elif stage == "vae":
-        autoencoder.train(out, seed=_SEED.value, tell=_report)
+        autoencoder.train(out, seed=_SEED.value, tell=_report, stop=stop)
     elif stage == "reader":
-        reader.train(out, seed=_SEED.value, tell=_report)
+        reader.train(out, seed=_SEED.value, tell=_report, stop=stop)
     elif stage == "evaluate":
         _evaluate(out, evaluate)
     elif stage == "pack":
@@ -63,7 +76,7 @@ def _run(stage: str, out: Path) -> None:
     elif stage == "examples":
         examples.write(out / examples.COLOUR, seed=_SEED.value)
     else:
-        transformer.train(stage, out, seed=_SEED.value, tell=_report, notify=_say)
+        transformer.train(stage, out, seed=_SEED.value, tell=_report, notify=_say, stop=stop)
 
 
 def _evaluate(out: Path, evaluate) -> None:  # type: ignore[no-untyped-def]

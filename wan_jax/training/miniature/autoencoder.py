@@ -1,8 +1,8 @@
 """The stage "vae": the autoencoder learns to draw the world again from few numbers.
 
 It first learns to draw, from single frames, which are many for the work they make, then from clips.
-Then it learns to make do with less exact latents: a transformer's never are. Afterwards the
-latents' mean and deviation are measured, with which they are normalised from then on.
+Then its latents become ones that a transformer learns easily. Afterwards their mean and deviation
+are measured, with which they are normalised from then on.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax import lax
 from wan_jax import vae, xla
 from wan_jax.config import VAEConfig
 from wan_jax.training import loop
-from wan_jax.training.miniature import files, networks, world
+from wan_jax.training.miniature import files, networks, running, world
 from wan_jax.training.miniature.render import render
 from wan_jax.training.optimizer import OptimizerConfig
 from wan_jax.training.step import Params, State
@@ -32,7 +32,8 @@ Array = jax.Array
 class Phase(NamedTuple):
     """A training of its own: steps on single frames, then on clips.
 
-    kl_weight: what a nat for each latent number costs, in squared pixel values.
+    kl_weight: what a nat for each latent number costs, in squared pixel values. small_weight: what
+    it costs that latents of half the size are not drawn as clips of half the size.
     """
 
     name: str
@@ -40,9 +41,13 @@ class Phase(NamedTuple):
     moving: int
     learning_rate: float
     kl_weight: float
+    small_weight: float = 0.0
 
 
-PHASES = (Phase("draw", 2500, 5000, 1e-3, 1e-5), Phase("settle", 0, 2500, 5e-4, 1e-3))
+PHASES = (
+    Phase("draw", 2500, 5000, 1e-3, 1e-5),
+    Phase("settle", 0, 2500, 5e-4, 1e-5, small_weight=0.5),
+)
 L1_WEIGHT = 0.05
 _STILLS, _CLIPS = 64, 8  # a step
 _FRAMES = 17  # of a clip, from anywhere in it
@@ -119,19 +124,44 @@ def cut(fields: dict[str, np.ndarray], start: int, frames: int) -> dict[str, np.
 
 
 def loss(
-    params: Params, _: Any, clips: Clips, key: Array, *, kl_weight: float
+    params: Params,
+    _: Any,
+    clips: Clips,
+    key: Array,
+    *,
+    kl_weight: float,
+    small_weight: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """Squared error of the pixels, a little absolute error, and a little of KL to a Gaussian."""
+    """What is wrong with the pixels, a little of KL to a Gaussian, and the same at half the size.
+
+    The last (scale equivariance, Skorokhodov et al. 2025) keeps latents from being a code that
+    changes altogether when an object moves by a few pixels, which a transformer hardly learns.
+    """
     network = build(networks.VAE, params["vae"], jnp.bfloat16)
     frames = render(clips.fields, size=clips.size, frames=clips.frames)
     mean, logvar = vae.moments(network, frames.astype(jnp.bfloat16))
     logvar = jnp.clip(logvar, *_LOGVAR)
     raw = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
+    cost, squares = _wrong(network, raw, frames)
+    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+    total, told = cost + kl_weight * kl, {"psnr": psnr(squares), "kl": kl}
+    if small_weight:
+        cost, squares = _wrong(network, _halved(raw), _halved(frames))
+        total, told = total + small_weight * cost, told | {"psnr_small": psnr(squares)}
+    return total, told
+
+
+def _wrong(network: vae.VAE, raw: Array, frames: Array) -> tuple[Array, Array]:
+    """What decoded latents cost, and their squared error alone."""
     error = vae.reconstruct(network, raw.astype(jnp.bfloat16)) - frames
     squares = jnp.mean(jnp.square(error))
-    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-    total = squares + L1_WEIGHT * jnp.mean(jnp.abs(error)) + kl_weight * kl
-    return total, {"psnr": psnr(squares), "kl": kl}
+    return squares + L1_WEIGHT * jnp.mean(jnp.abs(error)), squares
+
+
+def _halved(x: Array) -> Array:
+    """[b, t, y, x, c] at half the height and width, as means."""
+    b, t, height, width, c = x.shape
+    return x.reshape(b, t, height // 2, 2, width // 2, 2, c).mean((3, 5))
 
 
 def start(seed: int) -> dict[str, Array]:
@@ -173,12 +203,17 @@ def build(config: VAEConfig, arrays: Any, dtype: Any) -> vae.VAE:
 
 
 def train(
-    out: Path, *, seed: int, phases: tuple[Phase, ...] = PHASES, tell: Tell | None = None
+    out: Path,
+    *,
+    seed: int,
+    phases: tuple[Phase, ...] = PHASES,
+    tell: Tell | None = None,
+    stop: running.Stop = running.never,
 ) -> None:
-    """Train, measure the latents, and write OUT/vae.safetensors."""
+    """Train, measure the latents, and write OUT/vae.safetensors. stop: see running.run()."""
     arrays, inputs = start(seed), None
     for phase in phases:
-        state = _run(arrays, phase, out / "vae" / phase.name, seed, tell, inputs)
+        state = _run(arrays, phase, out / "vae" / phase.name, seed, tell, stop, inputs)
         arrays = state.ema["vae"]
         inputs = {phase.name: files.digest(arrays)}
     finish(out, arrays)
@@ -190,6 +225,7 @@ def _run(
     out: Path,
     seed: int,
     tell: Tell | None,
+    stop: running.Stop,
     inputs: dict[str, str] | None,
 ) -> State:
     """One phase, from these weights or from its newest checkpoint.
@@ -198,9 +234,9 @@ def _run(
     last bits the device decides.
     """
     steps = phase.stills + phase.moving
-    return loop.run(
+    return running.run(
         {"vae": arrays},
-        functools.partial(loss, kl_weight=phase.kl_weight),
+        functools.partial(loss, kl_weight=phase.kl_weight, small_weight=phase.small_weight),
         functools.partial(batch, seed=seed, stills=phase.stills),
         out,
         optimizer=OptimizerConfig(
@@ -215,6 +251,7 @@ def _run(
         loop=loop.LoopConfig(seed=seed, log_every=50, checkpoint_every=1000),
         facts={"phase": list(phase), "network": networks.VAE.to_dict(), "inputs": inputs},
         on_report=tell,
+        stop=stop,
     )
 
 

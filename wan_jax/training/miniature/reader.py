@@ -20,7 +20,7 @@ from flax import nnx
 from wan_jax import umt5
 from wan_jax.tokenizer import load_tokenizer, tokenize
 from wan_jax.training import loop
-from wan_jax.training.miniature import captions, files, networks, world
+from wan_jax.training.miniature import captions, files, networks, running, world
 from wan_jax.training.miniature.world import Scene
 from wan_jax.training.optimizer import OptimizerConfig
 from wan_jax.training.step import Params
@@ -65,8 +65,12 @@ def train(
     seed: int,
     recipe: Recipe = RECIPE,
     tell: Callable[[loop.Report], None] | None = None,
+    stop: running.Stop = running.never,
 ) -> None:
-    """Train and write OUT/reader.safetensors. Needs OUT/tokenizer; ValueError says so."""
+    """Train and write OUT/reader.safetensors. Needs OUT/tokenizer; ValueError says so.
+
+    stop: see running.run().
+    """
     inputs = files.digests(out, ["tokenizer"])
     book = functools.cache(functools.partial(_book, out, recipe, seed))
 
@@ -75,7 +79,7 @@ def train(
         rows = np.random.default_rng((seed, step)).integers(len(every.ids), size=recipe.batch_size)
         return Batch(*(x[rows] for x in every))
 
-    state = loop.run(
+    state = running.run(
         _begin(seed),
         loss,
         batch,
@@ -91,6 +95,7 @@ def train(
         loop=loop.LoopConfig(seed=seed, log_every=50, checkpoint_every=1000),
         facts={"recipe": list(recipe), "network": networks.UMT5.to_dict(), "inputs": inputs},
         on_report=tell,
+        stop=stop,
     )
     files.write(out / "reader.safetensors", state.ema["umt5"], networks.UMT5.to_dict())
 

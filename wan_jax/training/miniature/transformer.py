@@ -21,7 +21,7 @@ from wan_jax import clip, sharding, umt5
 from wan_jax.dit import DiT
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.training import flow, loop
-from wan_jax.training.miniature import autoencoder, files, networks
+from wan_jax.training.miniature import autoencoder, files, networks, running
 from wan_jax.training.miniature.pool import Batch, Pool, make_groups
 from wan_jax.training.optimizer import OptimizerConfig
 from wan_jax.training.step import Params, State
@@ -79,15 +79,16 @@ def train(
     recipe: Recipe | None = None,
     tell: Callable[[loop.Report], None] | None = None,
     notify: Callable[[str], None] = lambda _: None,
+    stop: running.Stop = running.never,
 ) -> None:
     """Train a transformer and write OUT/<network>.safetensors of all that learned.
 
     stage: of networks.DITS. Needs OUT/tokenizer and the files of the stages before; ValueError
-    naming what is missing. Several devices share each batch.
+    naming what is missing. Several devices share each batch. stop: see running.run().
     """
     recipe = recipe or RECIPES[stage]
     names = ("tokenizer", "vae", *recipe.frozen, *_BEFORE[stage])
-    training = _Training(stage, out, recipe, files.digests(out, names), tell, notify)
+    training = _Training(stage, out, recipe, files.digests(out, names), tell, notify, stop)
     params = begin(stage, out, recipe, seed)
     for number, phase in enumerate(recipe.phases):
         state = training.run(phase, params, seed + number, begun=number > 0)
@@ -105,6 +106,7 @@ class _Training:
     inputs: dict[str, str]
     tell: Callable[[loop.Report], None] | None
     notify: Callable[[str], None]
+    stop: running.Stop
 
     def run(self, phase: Phase, params: Params, seed: int, *, begun: bool) -> State:
         """One phase, from these weights or from its newest checkpoint.
@@ -117,7 +119,7 @@ class _Training:
         layout = sharding.make_layout(1, devices=devices[: math.gcd(len(devices), rows)])
         frozen = {name: files.network(self.out, name)[0] for name in self.recipe.frozen}
         steps = phase.stills + phase.moving
-        return loop.run(
+        return running.run(
             params,
             functools.partial(loss, self.stage),
             lambda step: pool().batch(step),
@@ -143,6 +145,7 @@ class _Training:
             place=layout.rows,
             layout=layout,
             on_report=self.tell,
+            stop=self.stop,
         )
 
     def _pool(self, phase: Phase, seed: int) -> Pool:
