@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from wan_jax import runner
 from wan_jax.training.loop import Report
@@ -36,6 +36,7 @@ def main(_: list[str]) -> None:
     unknown = [stage for stage in chosen if stage not in STAGES]
     if unknown:
         raise app.UsageError(f"--stages has {unknown}; accepted: all, or some of {STAGES}")
+    logging.set_verbosity(logging.FATAL)  # Orbax tells its own story
     end = None if _MINUTES.value is None else time.monotonic() + 60 * _MINUTES.value
     with runner.held_back(active=True) as signals:
         leave = until(signals, end)
