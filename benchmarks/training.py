@@ -18,7 +18,7 @@ import os
 import time
 from typing import Any
 
-from measure import child, report, save, table, versions
+from measure import child, matmul_tflops, report, save, table, versions
 
 KINDS = ("full", "lora")
 REMATS = ("none", "products", "attention", "full")
@@ -46,25 +46,6 @@ def step_tflop(config: Any, grid: tuple[int, int, int], *, rank: int) -> float:
         return 3 * config.num_layers * (products + attention) / 1e12
     factors = 2 * rank * (tokens * (6 * 2 * d + 2 * (d + ffn)) + text * 2 * 2 * d)
     return config.num_layers * (2 * products + 3 * attention + 3 * factors) / 1e12
-
-
-def matmul_tflops(size: int) -> float:
-    """Measured TFLOP/s of a square bfloat16 product: what a step could at best come to."""
-    import jax
-    import jax.numpy as jnp
-
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, y = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
-    repeats = 20
-
-    @jax.jit
-    def many(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, repeats, lambda _, z: (z @ y) * jnp.bfloat16(0.01), x)
-
-    jax.block_until_ready(many(x, y))
-    start = time.perf_counter()
-    jax.block_until_ready(many(x, y))
-    return repeats * 2 * size**3 / (time.perf_counter() - start) / 1e12
 
 
 def measure(kind: str, remat: str, *, rank: int, tiny: bool) -> dict[str, Any]:
