@@ -6,6 +6,7 @@ Run as a script this file tells the device.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,9 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 OURS = "wan_jax"
 RESULTS = Path(__file__).parent / "results"
@@ -36,7 +37,7 @@ class Case(NamedTuple):
 
     labels: dict[str, Any]
     arguments: list[str]
-    environment: dict[str, str] = {}
+    environment: Mapping[str, str] | None = None
 
 
 # What a child uses
@@ -158,11 +159,29 @@ def parser(description: str | None, *, systems: Sequence[str] = (OURS,)) -> argp
     return made
 
 
+class _Tail(threading.Thread):
+    """Shows what a child says on stderr, and keeps the last line of it."""
+
+    def __init__(self, source: IO[str]) -> None:
+        super().__init__(daemon=True)
+        self._source, self._last = source, ""
+        self.start()
+
+    def run(self) -> None:
+        for line in self._source:
+            sys.stderr.write(line)
+            self._last = line.strip() or self._last
+
+    def last(self) -> str:
+        self.join(1.0)
+        return self._last[-200:]
+
+
 def rows(
     script: str,
     arguments: Sequence[str],
     *,
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
     seconds: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run `python script arguments`; every object that it reports, as it comes.
@@ -174,11 +193,13 @@ def rows(
         [sys.executable, script, *arguments],
         env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         start_new_session=True,  # its own children are stopped with it
     )
-    assert process.stdout is not None
-    late = threading.Event()
+    assert process.stdout is not None and process.stderr is not None
+    late, said = threading.Event(), _Tail(process.stderr)
 
     def stop() -> None:
         late.set()
@@ -187,17 +208,12 @@ def rows(
     timer = threading.Timer(0.0 if seconds is None else max(seconds, 0.0), stop)
     if seconds is not None:
         timer.start()
-    last = ""
     try:
         for line in process.stdout:
-            try:
+            with contextlib.suppress(ValueError):
                 found = json.loads(line)
-            except ValueError:
-                found = None
-            if isinstance(found, dict):
-                yield found
-            elif line.strip():
-                last = line.strip()
+                if isinstance(found, dict):
+                    yield found
         process.wait()
     finally:
         timer.cancel()
@@ -207,11 +223,11 @@ def rows(
     if late.is_set():
         yield {"error": f"stopped after {seconds:.0f} s"}
     elif process.returncode:
-        yield {"error": f"exit status {process.returncode}: {last}"}
+        yield {"error": f"exit status {process.returncode}: {said.last()}"}
 
 
 def child(
-    script: str, arguments: Sequence[str], *, environment: dict[str, str] | None = None
+    script: str, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None
 ) -> Any:
     """The last object of rows(); an error if there is none."""
     found = list(rows(script, arguments, environment=environment))
@@ -271,7 +287,7 @@ def save(
 def kept(
     name: str, facts: dict[str, Any], cases: Sequence[Case], *, tiny: bool
 ) -> list[dict[str, Any]]:
-    """Rows of an earlier run on such a device with these versions, but those to be measured anew."""
+    """Rows of an earlier run on such a device with these versions, less those measured anew."""
     try:
         before = json.loads(path_of(name, tiny=tiny).read_text())
     except (OSError, ValueError):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from measure import child, report, save, table, versions
+from random_checkpoint import config_of
 
 # name: latent frames, height, width
 SHAPES = {"1.3B": (21, 60, 104), "14B": (21, 90, 160), "tiny": (3, 8, 12)}
@@ -31,12 +32,6 @@ def plan_of(text: str) -> Any:
     return Plan(**sizes, dit_fsdp=any(split for *_, split in found))
 
 
-def _config(model: str) -> Any:
-    from wan_jax.config import NANO_T2V, RELEASED
-
-    return NANO_T2V if model == "tiny" else RELEASED[f"t2v-{model}"]
-
-
 def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     """Seconds of a guided step, the first left out, and the latents in a file."""
     import jax
@@ -47,7 +42,7 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     from wan_jax.dit import DiT
     from wan_jax.weights.sources import abstract_part
 
-    config = _config(model).dit
+    config = config_of(model).dit
     layout = plan.layout().of_weights(split=plan.dit_fsdp) if plan.devices > 1 else None
     where = None
     if layout is not None:
@@ -93,7 +88,7 @@ def run_vae(size: str, plan: Any, out: Path) -> dict[str, Any]:
 
     width, height = (int(side) // 8 for side in size.split("x"))
     layout = plan.layout() if plan.devices > 1 else None
-    network = jax.jit(lambda: VAE(_config("1.3B").vae, rngs=nnx.Rngs(0), dtype=jnp.float32))()
+    network = jax.jit(lambda: VAE(config_of("1.3B").vae, rngs=nnx.Rngs(0), dtype=jnp.float32))()
     network = streaming.place(network, layout)
     latents = jax.random.normal(jax.random.key(1), (1, 21, height, width, 16))
     times, frames = [], []

@@ -23,6 +23,7 @@ from measure import (
     torch_device,
     torch_seconds,
 )
+from random_checkpoint import network
 
 
 def sizes(*, tiny: bool) -> tuple[Any, int]:
@@ -36,25 +37,24 @@ def run_ours(prompts: int, *, tiny: bool) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from wan_jax import umt5, xla
 
     config, tokens = sizes(tiny=tiny)
-    network = jax.jit(lambda: umt5.UMT5(config, rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16")))()
+    own = network(config)
     ids = jax.random.randint(jax.random.key(1), (prompts, tokens), 3, config.vocab_size, jnp.int32)
     mask, program = jnp.ones_like(ids), xla.jit(umt5.encode)
 
     def one_by_one() -> None:
         for i in range(prompts):
-            jax.block_until_ready(program(network, ids[i : i + 1], mask[i : i + 1]))
+            jax.block_until_ready(program(own, ids[i : i + 1], mask[i : i + 1]))
 
     def measure(step: Any) -> dict[str, Any]:
         return {"seconds": median_seconds(step, warmups=2, repeats=7), "peak_gib": peak_gib()}
 
     attempt({"how": "as a run"}, lambda: measure(one_by_one))
     if prompts > 1:
-        run_all = functools.partial(program, network, ids, mask)
+        run_all = functools.partial(program, own, ids, mask)
         attempt({"how": "one batch"}, lambda: measure(lambda: jax.block_until_ready(run_all())))
 
 
@@ -72,7 +72,7 @@ def run_transformers(prompts: int, *, tiny: bool) -> None:
         num_heads=own.num_heads,
         feed_forward_proj="gated-gelu",
     )
-    network = in_torch(lambda: UMT5EncoderModel(config), torch.bfloat16)
+    peer = in_torch(lambda: UMT5EncoderModel(config), torch.bfloat16)
     ids = torch.randint(3, own.vocab_size, (prompts, tokens), device=torch_device())
     mask = torch.ones_like(ids)
 
@@ -80,9 +80,9 @@ def run_transformers(prompts: int, *, tiny: bool) -> None:
         step = functools.partial(model, input_ids=ids, attention_mask=mask)
         return torch_seconds(step, warmups=2, repeats=7)
 
-    attempt({"how": "eager"}, lambda: measure(network))
+    attempt({"how": "eager"}, lambda: measure(peer))
     if not tiny:  # the compiler takes a minute
-        attempt({"how": "compiled"}, lambda: measure(torch.compile(network, dynamic=False)))
+        attempt({"how": "compiled"}, lambda: measure(torch.compile(peer, dynamic=False)))
 
 
 def main() -> None:

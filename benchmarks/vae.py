@@ -27,15 +27,14 @@ from measure import (
     torch_device,
     torch_seconds,
 )
+from random_checkpoint import config_of, network
 
 DIRECTIONS = ("decode", "encode")
 LATENT_FRAMES = 21
 
 
-def config_of(*, tiny: bool) -> Any:
-    from wan_jax.config import NANO_T2V, VAEConfig
-
-    return NANO_T2V.vae if tiny else VAEConfig()
+def vae_of(*, tiny: bool) -> Any:
+    return config_of("tiny" if tiny else "1.3B").vae
 
 
 def latent_shape(size: str, *, tiny: bool) -> tuple[int, int, int, int]:
@@ -85,12 +84,9 @@ def whole(vae: Any, direction: str, shape: tuple[int, ...]) -> Callable[[], Any]
 def run_ours(direction: str, size: str, dtype: str, *, tiny: bool) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
-    from flax import nnx
 
-    from wan_jax.vae import VAE
-
-    config, shape = config_of(tiny=tiny), latent_shape(size, tiny=tiny)
-    vae = jax.jit(lambda: VAE(config, rngs=nnx.Rngs(0), dtype=jax.numpy.dtype(dtype)))()
+    shape = latent_shape(size, tiny=tiny)
+    vae = jax.tree.map(lambda leaf: leaf.astype(dtype), network(vae_of(tiny=tiny)))
     # Streamed first: the allocator's peak only grows.
     ways = {"as a run": streamed, "whole": whole} if dtype == "float32" else {"whole": whole}
     for how, way in ways.items():
@@ -106,17 +102,20 @@ def run_diffusers(direction: str, size: str, dtype: str, *, tiny: bool) -> None:
     import torch
     from diffusers import AutoencoderKLWan
 
-    config, (t, h, w, z) = config_of(tiny=tiny), latent_shape(size, tiny=tiny)
+    config, (t, h, w, z) = vae_of(tiny=tiny), latent_shape(size, tiny=tiny)
     torch.set_float32_matmul_precision("high")  # TF32, as ours
     kind = getattr(torch, dtype)
-    network = in_torch(lambda: AutoencoderKLWan(base_dim=config.base_dim), kind)
+    same = ("base_dim", "dim_mult", "num_res_blocks")
+    settings = {name: getattr(config, name) for name in same}
+    settings["dim_mult"] = list(settings["dim_mult"])
+    peer = in_torch(lambda: AutoencoderKLWan(**settings), kind)
     shape = (1, z, t, h, w) if direction == "decode" else (1, 3, 4 * t - 3, 8 * h, 8 * w)
     given = torch.rand(shape, device=torch_device(), dtype=kind) * 2 - 1
 
     def step() -> Any:
         if direction == "decode":
-            return network.decode(given, return_dict=False)[0]
-        return network.encode(given, return_dict=False)[0].mode()
+            return peer.decode(given, return_dict=False)[0]
+        return peer.encode(given, return_dict=False)[0].mode()
 
     attempt({"how": "eager"}, lambda: torch_seconds(step, warmups=0))
     if tiny:  # the compiler takes a minute
@@ -124,7 +123,7 @@ def run_diffusers(direction: str, size: str, dtype: str, *, tiny: bool) -> None:
     torch.backends.cudnn.benchmark = True
     attempt({"how": "eager, cuDNN's search"}, lambda: torch_seconds(step, warmups=0))
     name = f"{direction}r"
-    setattr(network, name, torch.compile(getattr(network, name), dynamic=False))
+    setattr(peer, name, torch.compile(getattr(peer, name), dynamic=False))
     attempt({"how": "compiled"}, lambda: torch_seconds(step))
 
 
@@ -145,7 +144,7 @@ def main() -> None:
     for size in (arguments.sizes or ("64x32" if tiny else "832x480,1280x720")).split(","):
         shape = latent_shape(size, tiny=tiny)
         for direction in arguments.directions.split(","):
-            cost = getattr(vae_costs, direction)(config_of(tiny=tiny), shape)
+            cost = getattr(vae_costs, direction)(vae_of(tiny=tiny), shape)
             for dtype in arguments.dtypes.split(","):
                 name = f"{direction} {size} {dtype}"
                 work = {"tflop": cost.flops.total / 1e12, "kind": f"conv {dtype}"}
