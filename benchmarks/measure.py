@@ -168,9 +168,10 @@ class _Tail(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        for line in self._source:
-            sys.stderr.write(line)
-            self._last = line.strip() or self._last
+        with self._source:
+            for line in self._source:
+                sys.stderr.write(line)
+                self._last = line.strip() or self._last
 
     def last(self) -> str:
         self.join(1.0)
@@ -220,6 +221,8 @@ def rows(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        process.stdout.close()
+        said.last()
     if late.is_set():
         yield {"error": f"stopped after {seconds:.0f} s"}
     elif process.returncode:
@@ -253,10 +256,11 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit that is measured, with a + if files differ; WAN_JAX_COMMIT where git is not."""
     git = ["git", "-C", str(Path(__file__).parents[1])]
+    changed = ("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!docs")
     try:
         name, changes = (
             subprocess.run([*git, *own], capture_output=True, text=True, check=True).stdout.strip()
-            for own in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno"))
+            for own in (("rev-parse", "--short", "HEAD"), changed)
         )
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("WAN_JAX_COMMIT", "unknown")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import child, report, save, table, versions
+from measure import child, peak_gib, report, save, table, versions
 from random_checkpoint import config_of
 
 # name: latent frames, height, width
@@ -74,7 +74,11 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     )
     np.save(out, np.asarray(latents, np.float32))
     spent = np.diff(times)
-    return {"seconds": float(np.median(spent[1:])), "first": float(spent[0]), **_peak()}
+    return {
+        "seconds": float(np.median(spent[1:])),
+        "first": float(spent[0]),
+        "peak_gib": peak_gib(),
+    }
 
 
 def run_vae(size: str, plan: Any, out: Path) -> dict[str, Any]:
@@ -100,14 +104,7 @@ def run_vae(size: str, plan: Any, out: Path) -> dict[str, Any]:
             frames.append(chunk[:, -1:])
         times.append(time.perf_counter() - start)
     np.save(out, np.concatenate(frames, 1)[:, ::2])
-    return {"seconds": min(times[1:]), "first": times[0], **_peak()}
-
-
-def _peak() -> dict[str, float]:
-    import jax
-
-    stats = jax.devices()[0].memory_stats() or {}
-    return {"peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30}
+    return {"seconds": min(times[1:]), "first": times[0], "peak_gib": peak_gib()}
 
 
 def apart(kind: str, found: Path, truth: Path) -> str:

@@ -18,7 +18,7 @@ import os
 import time
 from typing import Any
 
-from measure import child, matmul_tflops, report, save, table, versions
+from measure import child, matmul_tflops, peak_gib, report, save, table, versions
 
 KINDS = ("full", "lora")
 REMATS = ("none", "products", "attention", "full")
@@ -87,12 +87,11 @@ def measure(kind: str, remat: str, *, rank: int, tiny: bool) -> dict[str, Any]:
         state, metrics = step(state, inputs, batch)
         loss = float(metrics["loss"])
         times.append(time.perf_counter() - start)
-    stats = jax.devices()[0].memory_stats() or {}
     weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
         "seconds": sorted(times[WARMUPS:])[STEPS // 2],
         "first_seconds": times[0],
-        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+        "peak_gib": peak_gib(),
         "trained_millions": weights / 1e6,
         "loss": loss,
         "matmul_tflop_per_s": rate,
