@@ -152,6 +152,7 @@ def parser(description: str | None, *, systems: Sequence[str] = (OURS,)) -> argp
     if len(systems) > 1:
         made.add_argument("--systems", default=",".join(systems), help="which to measure")
     made.add_argument("--seconds", type=float, help="stop in time, and write what there is")
+    made.add_argument("--each", type=float, help="stop a child after so many seconds")
     made.add_argument("--keep", action="store_true", help="add to what an earlier run wrote")
     made.add_argument("--tiny", action="store_true", help="small shapes, to try it on a CPU")
     made.add_argument("--child", help=argparse.SUPPRESS)
@@ -339,12 +340,13 @@ def run(
     facts = {"device": kind, **(facts or {})}
     found = kept(name, facts, cases, tiny=tiny) if arguments.keep else []
     for case in cases:
-        left = None
+        left = arguments.each
         if arguments.seconds is not None:
-            left = arguments.seconds - (time.perf_counter() - _STARTED)
-            if left <= 0:
+            whole = arguments.seconds - (time.perf_counter() - _STARTED)
+            if whole <= 0:
                 print(f"no time is left for {case.labels}", flush=True)
                 continue
+            left = whole if left is None else min(left, whole)
         own = [*case.arguments, *(["--tiny"] if tiny else [])]
         for row in rows(script, own, environment=case.environment, seconds=left):
             found.append({**case.labels, **row})

@@ -4,17 +4,18 @@
 
 Each stage is a process of its own that loads its network from a converted checkpoint of random
 numbers (see startup.py) and runs; "all" goes from the text to the mp4, each network leaving the
-card when it is done. allocator is the most that JAX's allocator had in use, tuning of programs
-included; pool what it had taken from the card for that; card what nvidia-smi saw more than before,
-which is right if nothing else runs. --gib or --fraction (XLA_PYTHON_CLIENT_MEM_FRACTION) limit the
-allocator; what does not fit says so. Prints one table and writes results/memory_MODEL.json. Needs
-a CUDA GPU for the real models.
+card when it is done. peak is the most that JAX's allocator had in use, tuning of programs included;
+pool what it had taken from the card for that; card what NVML, the library of nvidia-smi, saw more
+than before, which is right if nothing else runs. --gib or --fraction limit the allocator (by
+XLA_PYTHON_CLIENT_MEM_FRACTION); what does not fit says so. Prints one table and writes
+results/memory_MODEL.json. Needs a CUDA GPU for the real models.
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -29,53 +30,58 @@ STAGES = ("text", "denoise", "decode", "all")
 PROMPT = "Two cats box on a spotlit stage."
 
 
+class _Memory(ctypes.Structure):
+    """NVML's nvmlMemory_t, in bytes."""
+
+    _fields_ = tuple((name, ctypes.c_ulonglong) for name in ("total", "free", "used"))
+
+
 class Card:
-    """What nvidia-smi says is in use of the first visible card while the block runs, in MiB."""
+    """What NVML, nvidia-smi's library, says of the first visible card's memory.
+
+    As a context it samples what is in use while the block runs. Without the library nothing is
+    known.
+    """
 
     def __init__(self) -> None:
-        self._values: list[int] = []
-        self._process: subprocess.Popen[str] | None = None
+        self._done, self._values = threading.Event(), list[int]()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._handle = ctypes.c_void_p()
+        self._library: Any = None
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL("libnvidia-ml.so.1")
+            index, handle = int(first) if first.isdigit() else 0, ctypes.byref(self._handle)
+            failed = library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(index, handle)
+            self._library = None if failed else library
+
+    def now(self) -> _Memory | None:
+        found = _Memory()
+        if self._library is None:
+            return None
+        failed = self._library.nvmlDeviceGetMemoryInfo(self._handle, ctypes.byref(found))
+        return None if failed else found
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.02):
+            found = self.now()
+            if found is not None:
+                self._values.append(found.used)
 
     def __enter__(self) -> Self:
-        try:
-            self._process = subprocess.Popen(
-                smi("memory.used", "-lms", "50"), stdout=subprocess.PIPE, text=True
-            )
-        except OSError:  # no such program: nothing is known
-            return self
-        threading.Thread(target=self._read, daemon=True).start()
-        patience = time.perf_counter() + 10
-        while not self._values and time.perf_counter() < patience:
-            time.sleep(0.05)  # the first is what others have
+        before = self.now()
+        if before is not None:
+            self._values.append(before.used)
+            self._thread.start()
         return self
 
-    def _read(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.strip().isdigit():
-                self._values.append(int(line))
-
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        self._done.set()
 
     @property
     def gib(self) -> float | None:
         """The most, less what was in use before."""
-        return (max(self._values) - self._values[0]) / 2**10 if self._values else None
-
-
-def smi(query: str, *more: str) -> list[str]:
-    """nvidia-smi's command for a number of the first visible card."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    return [
-        "nvidia-smi",
-        f"--id={visible or 0}",
-        f"--query-gpu={query}",
-        "--format=csv,noheader,nounits",
-        *more,
-    ]
+        return (max(self._values) - self._values[0]) / 2**30 if self._values else None
 
 
 def run_stage(stage: str, folder: Path, *, steps: int, mp4: Path, tiny: bool) -> dict[str, Any]:
@@ -121,8 +127,10 @@ def limits(arguments: argparse.Namespace) -> tuple[str, dict[str, str]]:
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     fraction, words = arguments.fraction, "no limit"
     if arguments.gib is not None:
-        found = subprocess.run(smi("memory.total"), capture_output=True, text=True, check=True)
-        fraction, words = arguments.gib * 2**10 / float(found.stdout), f"{arguments.gib:g} GiB"
+        card = Card().now()
+        if card is None:
+            raise SystemExit("--gib: NVML does not tell the card's memory; give --fraction")
+        fraction, words = arguments.gib * 2**30 / card.total, f"{arguments.gib:g} GiB"
     elif fraction is not None:
         words = f"{fraction:g} of the card"
     if fraction is not None:

@@ -127,7 +127,8 @@ def main() -> None:
     import jax
 
     device = jax.devices()[0].device_kind
-    path = save("training", rows, {"device": device, "peak_tflop_per_s": PEAK})
+    facts = {"device": device, "peak_tflop_per_s": PEAK}
+    path = save("training", rows, facts, tiny=arguments.tiny)
     print(f"{device}, {versions()}\nwritten to {path}")
     columns = ("train", "remat", "seconds", "tflop", "tflop_per_s", "mfu_peak", "mfu_matmul")
     print(table(rows, (*columns, "peak_gib", "error")))
