@@ -20,9 +20,9 @@ END = "<!-- up to here -->"
 HEAD = ("benchmark", "case", "wan_jax", "peer", "ratio", "of the ceiling", "peak", "run")
 # What a row's case is called, by the benchmark; and which number is compared.
 CASES = {
-    "convert": "T2V-1.3B, {run}",
+    "convert": "T2V-1.3B to Orbax, {run}",
     "dit": "{model}, one forward",
-    "end_to_end": "{model}, {steps} steps",
+    "end_to_end": "denoising, {model}, {steps} steps",
     "memory": "{case}, {how}",
     "restore": "{model}, devices: {devices}, split: {split}",
     "spread": "{what}, plan {plan}",
@@ -43,8 +43,10 @@ def lines_of(name: str, found: dict[str, Any], run: int) -> Iterator[tuple[str, 
     pattern, number = CASES.get(benchmark, "{case}"), COMPARED.get(benchmark, "seconds")
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in found["rows"]:
-        # A converter that was killed has a status.
-        if (number in row or _no_memory(row)) and not row.get("status"):
+        # A converter that was killed has a status; the last one cleared up after those.
+        if row.get("status") or row.get("run") == "last":
+            continue
+        if number in row or _no_memory(row):
             case = pattern.format_map({**found, **row})
             cases.setdefault(case, []).append(row)
     for case, rows in cases.items():
