@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from measure import child, report, save, table, versions
+from random_checkpoint import drop_cached
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -158,15 +159,6 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def forget(folder: Path) -> None:
-    """Drop a folder's files from the page cache, so that every run reads them from the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def anonymous_bytes(pid: int) -> int:
     """Memory of a process that no file backs; 0 once it has ended."""
     try:
@@ -183,7 +175,7 @@ def convert(src: Path, dst: Path, *, kill_after: float | None = None) -> dict[st
     rss_gib counts pages of mapped files, which the kernel can drop; anon_gib does not, and is
     sampled. This process stays small: a child's peak is never below its parent's size.
     """
-    forget(src)
+    drop_cached(src)
     script = str(ROOT / "convert" / "to_orbax.py")
     command = [sys.executable, script, "--src", str(src), "--dst", str(dst)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -9,7 +9,16 @@ writes results/dit.json. Needs a CUDA GPU, torch and diffusers.
 import argparse
 import os
 
-from measure import child, median_seconds, report, save, table, versions
+from measure import (
+    child,
+    in_torch,
+    median_seconds,
+    peak_gib,
+    report,
+    save,
+    table,
+    versions,
+)
 
 # name: (heads, layers, ffn, latent frames, latent height, latent width)
 MODELS = {
@@ -51,10 +60,9 @@ def run_ours(model: str) -> dict[str, float]:
     seconds = median_seconds(
         lambda: jax.block_until_ready(compiled(network, latents, time, cond)), repeats=5
     )
-    stats = jax.devices()[0].memory_stats() or {}
     return {
         "seconds": seconds,
-        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+        "peak_gib": peak_gib(),
         "temp_gib": memory.temp_size_in_bytes / 2**30,
     }
 
@@ -64,18 +72,15 @@ def run_diffusers(model: str, backends: list[str]) -> dict[str, float | str]:
     from diffusers import WanTransformer3DModel
 
     heads, layers, ffn, t, h, w = MODELS[model]
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        network = WanTransformer3DModel(
-            num_attention_heads=heads,
-            attention_head_dim=128,
-            num_layers=layers,
-            ffn_dim=ffn,
-            cross_attn_norm=True,
-            rope_max_seq_len=1024,
-        )
-    torch.set_default_dtype(torch.float32)
-    network.eval().requires_grad_(False)
+    settings = {
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "num_layers": layers,
+        "ffn_dim": ffn,
+        "cross_attn_norm": True,
+        "rope_max_seq_len": 1024,
+    }
+    network = in_torch(lambda: WanTransformer3DModel(**settings), torch.bfloat16)
     network.compile_repeated_blocks(fullgraph=False)
     inputs = {
         "hidden_states": torch.randn(1, 16, t, h, w, device="cuda", dtype=torch.bfloat16),

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dit import MODELS as T2V_MODELS
-from measure import child, report, save, table, versions
+from measure import child, in_torch, peak_gib, report, save, table, versions
 
 # name: heads, layers, ffn, latent frames, latent height, latent width
 MODELS = {**T2V_MODELS, "i2v-14B": T2V_MODELS["14B"], "flf2v-14B": T2V_MODELS["14B"]}
@@ -63,7 +63,6 @@ def picture(width: int, height: int) -> Any:
 
 def run_ours(model: str, steps: int, mp4: str) -> dict[str, Any]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import jax
 
     import wan_jax
     from wan_jax import cli
@@ -96,13 +95,12 @@ def run_ours(model: str, steps: int, mp4: str) -> dict[str, Any]:
 
     cold, first = run(2)
     warm, total = run(steps)
-    stats = jax.devices()[0].memory_stats() or {}
     return {
         **{stage: seconds for stage, seconds in warm.seconds.items() if stage != "load"},
         "to_mp4": total,
         "first_run": first,
         "first_load": cold.seconds["load"],
-        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+        "peak_gib": peak_gib(),
     }
 
 
@@ -115,19 +113,16 @@ def diffusers_transformer(model: str, backend: str) -> Any:
     image = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128 * heads}
     if model.startswith("flf2v"):
         image["pos_embed_seq_len"] = IMAGE_TOKENS[model]
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        network = WanTransformer3DModel(
-            num_attention_heads=heads,
-            attention_head_dim=128,
-            num_layers=layers,
-            ffn_dim=ffn,
-            cross_attn_norm=True,
-            rope_max_seq_len=1024,
-            **(image if model in IMAGE_TOKENS else {}),
-        )
-    torch.set_default_dtype(torch.float32)
-    network.eval().requires_grad_(False)
+    settings = {
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "num_layers": layers,
+        "ffn_dim": ffn,
+        "cross_attn_norm": True,
+        "rope_max_seq_len": 1024,
+        **(image if model in IMAGE_TOKENS else {}),
+    }
+    network = in_torch(lambda: WanTransformer3DModel(**settings), torch.bfloat16)
     network.set_attention_backend(backend)
     network.compile_repeated_blocks(fullgraph=False)
     return network

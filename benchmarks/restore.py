@@ -12,63 +12,12 @@ system lets us. Prints one table and writes results/restore.json.
 import argparse
 import os
 import resource
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from measure import child, report, save, table, versions
-
-_BLOCK = 2**25  # random numbers, repeated
-
-
-def config_of(model: str) -> Any:
-    """The configuration of a released network, or of a tiny one."""
-    from wan_jax.config import NANO_T2V, RELEASED
-
-    return NANO_T2V if model == "tiny" else RELEASED[f"t2v-{model}"]
-
-
-def arrays(model: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Finite numbers of about the size of weights, by name."""
-    import jax.numpy as jnp
-
-    from wan_jax.weights import trees
-    from wan_jax.weights.sources import abstract_part
-
-    block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32) * 0.02
-    module = abstract_part(config_of(model).dit, jnp.dtype(jnp.bfloat16))
-    for name, leaf in trees.flatten(module).items():
-        numbers = block.astype(leaf.dtype)
-        whole = np.empty(leaf.shape, leaf.dtype)
-        flat = whole.reshape(-1)
-        for start in range(0, flat.size, _BLOCK):
-            part = flat[start : start + _BLOCK]
-            part[...] = numbers[: part.size]
-        yield name, whole
-        del whole, flat
-
-
-def write(model: str, folder: Path) -> None:
-    """Write FOLDER/dit, which appears when it is whole."""
-    from wan_jax.weights import checkpoint
-
-    work = folder / "unfinished"
-    shutil.rmtree(work, ignore_errors=True)
-    checkpoint.save_arrays(work / "dit", arrays(model))
-    (work / "dit").rename(folder / "dit")
-    shutil.rmtree(work)
-
-
-def drop_cached(folder: Path) -> None:
-    """Ask the system to read these files from the disk again."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fdatasync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+from random_checkpoint import config_of, drop_cached, write
 
 
 def measure(model: str, folder: Path, *, count: int, split: bool) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import child, report, save, table, versions
+from measure import child, peak_gib, report, save, table, versions
+from random_checkpoint import config_of
 
 # name: latent frames, height, width
 SHAPES = {"1.3B": (21, 60, 104), "14B": (21, 90, 160), "tiny": (3, 8, 12)}
@@ -31,12 +32,6 @@ def plan_of(text: str) -> Any:
     return Plan(**sizes, dit_fsdp=any(split for *_, split in found))
 
 
-def _config(model: str) -> Any:
-    from wan_jax.config import NANO_T2V, RELEASED
-
-    return NANO_T2V if model == "tiny" else RELEASED[f"t2v-{model}"]
-
-
 def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     """Seconds of a guided step, the first left out, and the latents in a file."""
     import jax
@@ -47,7 +42,7 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     from wan_jax.dit import DiT
     from wan_jax.weights.sources import abstract_part
 
-    config = _config(model).dit
+    config = config_of(model).dit
     layout = plan.layout().of_weights(split=plan.dit_fsdp) if plan.devices > 1 else None
     where = None
     if layout is not None:
@@ -79,7 +74,11 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     )
     np.save(out, np.asarray(latents, np.float32))
     spent = np.diff(times)
-    return {"seconds": float(np.median(spent[1:])), "first": float(spent[0]), **_peak()}
+    return {
+        "seconds": float(np.median(spent[1:])),
+        "first": float(spent[0]),
+        "peak_gib": peak_gib(),
+    }
 
 
 def run_vae(size: str, plan: Any, out: Path) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def run_vae(size: str, plan: Any, out: Path) -> dict[str, Any]:
 
     width, height = (int(side) // 8 for side in size.split("x"))
     layout = plan.layout() if plan.devices > 1 else None
-    network = jax.jit(lambda: VAE(_config("1.3B").vae, rngs=nnx.Rngs(0), dtype=jnp.float32))()
+    network = jax.jit(lambda: VAE(config_of("1.3B").vae, rngs=nnx.Rngs(0), dtype=jnp.float32))()
     network = streaming.place(network, layout)
     latents = jax.random.normal(jax.random.key(1), (1, 21, height, width, 16))
     times, frames = [], []
@@ -105,14 +104,7 @@ def run_vae(size: str, plan: Any, out: Path) -> dict[str, Any]:
             frames.append(chunk[:, -1:])
         times.append(time.perf_counter() - start)
     np.save(out, np.concatenate(frames, 1)[:, ::2])
-    return {"seconds": min(times[1:]), "first": times[0], **_peak()}
-
-
-def _peak() -> dict[str, float]:
-    import jax
-
-    stats = jax.devices()[0].memory_stats() or {}
-    return {"peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30}
+    return {"seconds": min(times[1:]), "first": times[0], "peak_gib": peak_gib()}
 
 
 def apart(kind: str, found: Path, truth: Path) -> str:

@@ -18,7 +18,7 @@ import os
 import time
 from typing import Any
 
-from measure import child, report, save, table, versions
+from measure import child, matmul_tflops, peak_gib, report, save, table, versions
 
 KINDS = ("full", "lora")
 REMATS = ("none", "products", "attention", "full")
@@ -46,25 +46,6 @@ def step_tflop(config: Any, grid: tuple[int, int, int], *, rank: int) -> float:
         return 3 * config.num_layers * (products + attention) / 1e12
     factors = 2 * rank * (tokens * (6 * 2 * d + 2 * (d + ffn)) + text * 2 * 2 * d)
     return config.num_layers * (2 * products + 3 * attention + 3 * factors) / 1e12
-
-
-def matmul_tflops(size: int) -> float:
-    """Measured TFLOP/s of a square bfloat16 product: what a step could at best come to."""
-    import jax
-    import jax.numpy as jnp
-
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, y = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
-    repeats = 20
-
-    @jax.jit
-    def many(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, repeats, lambda _, z: (z @ y) * jnp.bfloat16(0.01), x)
-
-    jax.block_until_ready(many(x, y))
-    start = time.perf_counter()
-    jax.block_until_ready(many(x, y))
-    return repeats * 2 * size**3 / (time.perf_counter() - start) / 1e12
 
 
 def measure(kind: str, remat: str, *, rank: int, tiny: bool) -> dict[str, Any]:
@@ -106,12 +87,11 @@ def measure(kind: str, remat: str, *, rank: int, tiny: bool) -> dict[str, Any]:
         state, metrics = step(state, inputs, batch)
         loss = float(metrics["loss"])
         times.append(time.perf_counter() - start)
-    stats = jax.devices()[0].memory_stats() or {}
     weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
         "seconds": sorted(times[WARMUPS:])[STEPS // 2],
         "first_seconds": times[0],
-        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+        "peak_gib": peak_gib(),
         "trained_millions": weights / 1e6,
         "loss": loss,
         "matmul_tflop_per_s": rate,
@@ -147,7 +127,8 @@ def main() -> None:
     import jax
 
     device = jax.devices()[0].device_kind
-    path = save("training", rows, {"device": device, "peak_tflop_per_s": PEAK})
+    facts = {"device": device, "peak_tflop_per_s": PEAK}
+    path = save("training", rows, facts, tiny=arguments.tiny)
     print(f"{device}, {versions()}\nwritten to {path}")
     columns = ("train", "remat", "seconds", "tflop", "tflop_per_s", "mfu_peak", "mfu_matmul")
     print(table(rows, (*columns, "peak_gib", "error")))
