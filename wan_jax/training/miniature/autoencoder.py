@@ -46,7 +46,7 @@ class Phase(NamedTuple):
 
 PHASES = (
     Phase("draw", 2500, 5000, 1e-3, 1e-5),
-    Phase("settle", 0, 2500, 5e-4, 1e-5, small_weight=0.5),
+    Phase("settle", 0, 2500, 5e-4, 3e-5, small_weight=0.5),
 )
 L1_WEIGHT = 0.05
 _STILLS, _CLIPS = 64, 8  # a step
