@@ -31,6 +31,7 @@ ORDER = (
     {"vae_blocks", "patches", "sequence"},
     {"dit", "vae", "umt5", "clip"},
     {"spread"},
+    {"vae_tiles"},
     {"sampler"},
     {"weights.rules", "weights.trees", "weights.folders", "weights.hashes"},
     {"weights.facts", "weights.pickled"},
