@@ -56,6 +56,7 @@ ORDER = (
     {"weights.export", "weights.miniature", "weights.lora_files", "weights.derived"},
     {"weights.adapters"},
     {"request", "streaming"},
+    {"planning.vae_memory"},
     {"pipeline", "planning.targets", "planning.costs"},
     {"loading", "planning.programs", "planning.vae_costs"},
     {"planning.needs"},
