@@ -179,13 +179,17 @@ def _each(
 ) -> tuple[Any, tuple[Fine, ...]]:
     """Every tile in turn: what they have made, and their next states, on the host.
 
-    The device holds the state of one at a time: the next waits until it has left.
+    The device holds the state of one at a time: the next waits until it has left. The states are
+    used up, so that the host holds each once.
     """
     after = []
     for place, state in zip(tiles.places(), states, strict=True):
         made, left = step(place, made, jax.device_put(state, where))
         after.append(_to_host(left))
         del left
+        for leaf in jax.tree.leaves(state):  # jax donates nothing from one memory to another
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
     return made, tuple(after)
 
 

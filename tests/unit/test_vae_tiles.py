@@ -121,6 +121,11 @@ def test_the_state_of_tiles_waits_on_the_host() -> None:
     for leaf in jax.tree.leaves(state.fine):
         assert isinstance(leaf, np.ndarray) or leaf.sharding.memory_kind == "pinned_host"
         assert leaf.shape[3] in (run.tiles.window * 2**up for up in range(3))
+    following = streaming.place(latents(TINY)[:, 1:3], None)
+    options["first"] = False
+    _, _, after = vae_tiles.decode(network(TINY), following, state, 0.0, **options)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.fine))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
 
 def test_without_pinned_memory_the_state_is_numpy_s(monkeypatch: pytest.MonkeyPatch) -> None:
