@@ -81,7 +81,7 @@ class Coding(NamedTuple):
         if tiling.tiles > 1:
             return self.batch * self._in_tiles(tiling)
         columns = Columns(self.latent_shape[2], self.devices)
-        kept = _bytes(self._state(columns.width, columns if self.devices > 1 else None))
+        kept = _bytes(self._state(columns.width, columns))
         # The past of a convolution is two frames, and a column of each neighbour.
         arrays = _ARRAYS * self._pixels(tiling, columns.share)
         whole = self._frame_bytes(tiling, columns.share * columns.devices)
