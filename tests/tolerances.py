@@ -34,7 +34,10 @@ UMT5_MATTERS = 0.01  # a real change of weights moves the result at least so far
 VAE_PARITY = 1e-5  # float32 convolutions summed in another order, through some fifty layers
 VAE_STREAMING = 1e-6  # the same sums, split otherwise when a chunk is longer; measured 8e-7
 VAE_COLUMNS = 2e-6  # float32 sums of narrower arrays in another order; measured 6e-7
+VAE_TILES = 2e-6  # the same sums over narrower arrays, perhaps in another order; measured 2e-7
+VAE_MEMORY = 0.05  # a formula against the CPU compiler's programs; measured 4e-2
 VAE_BFLOAT16 = 2e-2  # some fifty roundings to 8 bits; measured 9e-3
+VAE_BFLOAT16_SMALL = 0.1  # the same where sums of few random channels cancel; measured 4e-2
 VAE_CLAMPED_SHARE = 0.02  # values at the clamp compare as equal whatever they were
 
 # DiT against the original Wan2.1 code

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from wan_jax import hosts, loading
 from wan_jax.fitting import Fit
 from wan_jax.pipeline import Progress
+from wan_jax.planning.vae_memory import parse_memory
 from wan_jax.sampler import DivergedError
 from wan_jax.schedulers import SOLVERS
 
@@ -32,6 +33,16 @@ class Stopped(BaseException):
         super().__init__(message)
         self.signum = signum
         self.status = 128 + signum
+
+
+class _Memory(flags.ArgumentParser):
+    """Bytes, as in `--max_memory 6GB`."""
+
+    def parse(self, argument: str | int) -> int:
+        return parse_memory(argument)
+
+    def flag_type(self) -> str:
+        return "a size such as 6GB"
 
 
 class _Words(flags.ArgumentParser):
@@ -86,10 +97,7 @@ def define_flags(
         string("last_frame", None, "Image that the video ends with (flf2v).")
         text = "keep: --size is an area, the image's shape stays; crop or pad: exactly --size."
         choice("fit", "keep", get_args(Fit), text)
-    words, text = _Words(), "True: a stage's weights leave the device when it is done."
-    flags.DEFINE(words, "offload_model", True, text, flag_values=values)
-    switch("t5_cpu", False, "Run the text encoder on the CPU.")
-    choice("dtype", "bfloat16", loading.DTYPES, "float32 is for comparing numbers.")
+    _define_memory(values)
     string("cache_dir", None, "Where converted checkpoints are kept; default ~/.cache/wan_jax.")
     text = "its devices share each video; while this and the other size are 1, they are chosen."
     integer("ulysses_size", 1, f"Trades tokens for heads: {text}")
@@ -108,6 +116,19 @@ def define_flags(
     choice("prompt_extend_target_lang", "zh", ["zh", "en"], "Its language then.")
     for flag in values.flags_by_module_dict()[__name__]:  # so that the script's --help lists them
         values.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def _define_memory(values: flags.FlagValues) -> None:
+    """Those of the numbers' kinds, and of what lies where."""
+    choice = functools.partial(flags.DEFINE_enum, flag_values=values)
+    words, text = _Words(), "True: a stage's weights leave the device when it is done."
+    flags.DEFINE(words, "offload_model", True, text, flag_values=values)
+    flags.DEFINE_bool("t5_cpu", False, "Run the text encoder on the CPU.", flag_values=values)
+    choice("dtype", "bfloat16", loading.DTYPES, "float32 is for comparing numbers.")
+    text = "Of the VAE; bfloat16 takes half its memory, and frames differ a little."
+    choice("vae_dtype", "float32", loading.DTYPES, text)
+    text = "What may be used of a device, such as 6GB or 6GiB: the VAE runs in tiles that fit."
+    flags.DEFINE(_Memory(), "max_memory", None, text, flag_values=values)
 
 
 def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:

@@ -321,6 +321,7 @@ def _jobs(
         "guidance": request.guidance,
         "solver": request.schedule.solver,
         "dtype": values.dtype,
+        "vae_dtype": values.vae_dtype,
         "noise_sha256": digest,
         "seed": None if given is not None else seed,
         **found,

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from wan_jax import apart, hosts, shipped
 from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
 from wan_jax.pipeline import Callback, Progress, Wan
+from wan_jax.planning import vae_memory
 from wan_jax.plans import Plan
 from wan_jax.sharding import Layout
 from wan_jax.tokenizer import load_tokenizer
-from wan_jax.weights import adapters, checkpoint, dit, folders, miniature, remote
-from wan_jax.weights.hashes import FileHashes
+from wan_jax.weights import adapters, checkpoint, dit, folders, miniature, remote, trees
 from wan_jax.weights.sources import Folder, open_folder
 
 DTYPES = ("bfloat16", "float32")
@@ -65,6 +66,8 @@ def load(
     offload: bool = False,
     text_on_cpu: bool = False,
     plan: Plan | None = None,
+    vae_dtype: str = "float32",
+    max_memory: int | str | None = None,
     callback: Callback | None = None,
     notify: Notify | None = None,
 ) -> Wan:
@@ -79,12 +82,13 @@ def load(
     "file:scale", (file, scale), or a list of these; the scale is 1 if not given. dtype:
     "bfloat16", or "float32" to compare number by number. offload: each stage's weights leave the
     device when it is done. text_on_cpu: UMT5 runs on the host. plan: how a video is spread
-    over devices (plans.choose); None is the first device. callback: told the progress;
-    notify: told in a sentence what takes long.
-    Raises ValueError naming what is wrong with the files.
+    over devices (plans.choose); None is the first device. vae_dtype: of the VAE's weights.
+    max_memory: bytes of a device, or such as "6GB", in which the VAE runs, if need be in tiles.
+    callback: told the progress; notify: told in a sentence what takes long.
+    Raises ValueError naming what is wrong with the files or an argument.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} is needed")
+    _check_arguments(dtype=dtype, vae_dtype=vae_dtype)
+    budget = None if max_memory is None else vae_memory.parse_memory(max_memory)
     wanted = adapters.chosen(lora)
     folder = prepare(
         path, lora=wanted, dtype=dtype, cache_dir=cache_dir, callback=callback, notify=notify
@@ -93,9 +97,10 @@ def load(
     loras = adapters.hashed(wanted)
     layout, split = (None, ()) if plan is None else (plan.layout(), plan.split)
     place = functools.partial(_place, layout, split, text_on_cpu=text_on_cpu)
-    loaders = _loaders(folder, config, loras, dtype=dtype, place=place)
+    loaders = _loaders(folder, config, loras, dtype=dtype, vae_dtype=vae_dtype, place=place)
     tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
     digest = adapters.digest(checkpoint.read_manifest(folder)["digest"], loras)
+    room = functools.partial(vae_memory.room, budget, config, dtype=dtype, vae_dtype=vae_dtype)
     wan = Wan(
         config,
         tokenizer,
@@ -106,14 +111,26 @@ def load(
         loras=loras,
         layout=layout,
         split=split,
+        room=room(offload=offload, text_on_cpu=text_on_cpu, plan=plan),
     )
     if not offload:
-        for done, part in enumerate((*loaders, None)):
-            if callback is not None:
-                callback(Progress("load", done, len(loaders)))
-            if part is not None:
-                wan.network(part)
+        _hold(wan, callback)
     return wan
+
+
+def _check_arguments(**dtypes: str) -> None:
+    for name, value in dtypes.items():
+        if value not in DTYPES:
+            raise ValueError(f"{name} is {value!r}; one of {DTYPES} is needed")
+
+
+def _hold(wan: Wan, callback: Callback | None) -> None:
+    """Every network to the devices."""
+    for done, part in enumerate((*wan.loaders, None)):
+        if callback is not None:
+            callback(Progress("load", done, len(wan.loaders)))
+        if part is not None:
+            wan.network(part)
 
 
 def prepare(
@@ -134,7 +151,7 @@ def prepare(
     name = shipped.default() if path is None else path
     small = built_in(name)
     if small is not None:
-        source = _random_miniature(small, _local(cache), say)
+        source = miniature.kept(small, _local(cache), say)
     else:
         source = fetch(name, cache_dir=cache_dir, callback=callback, notify=say)
         if shipped.is_miniature(source):
@@ -154,6 +171,7 @@ def _loaders(
     loras: Sequence[adapters.Adapter],
     *,
     dtype: str,
+    vae_dtype: str,
     place: Callable[[str], Any],
 ) -> dict[str, Callable[[], Any]]:
     """{part: function that puts it where place(part) says} of a checkpoint."""
@@ -163,6 +181,9 @@ def _loaders(
         )
         for part in config.dit.parts
     }
+    if vae_dtype != "float32":
+        load_vae = loaders["vae"]
+        loaders["vae"] = lambda: trees.cast(load_vae(), jnp.dtype(vae_dtype))
     if loras:
         loaders["dit"] = adapters.with_loras(loaders["dit"], config.dit, loras)
     return loaders
@@ -307,17 +328,6 @@ def in_bytes(stage: str, callback: Callback | None) -> checkpoint.OnBytes | None
     return lambda done, total: callback(Progress(stage, done, total))
 
 
-def _random_miniature(config: WanConfig, cache: Path, say: Notify) -> Path:
-    path = cache / miniature.name(config)
-    say(
-        "running a small network of random weights, which shows that everything works and makes "
-        f"patterns, not pictures ({path})"
-    )
-    if not path.is_dir():
-        miniature.write(path, config=config)
-    return path
-
-
 def _converted(
     source: Path, cache: Any, *, dtype: str, callback: Callback | None, say: Notify
 ) -> Any:
@@ -371,27 +381,7 @@ def _target(folder: Folder, cache: Any, *, dtype: str) -> Any:
     """Where in the cache a folder's conversion goes."""
     # What comes with the package is the same after it is installed anew.
     own = shipped.is_miniature(folder.path)
-    key = _key(folder, dtype, contents=own or not isinstance(cache, Path))
+    facts = [dtype, str(checkpoint.FORMAT), json.dumps(dataclasses.asdict(folder.config))]
+    key = folder.key(facts, contents=own or not isinstance(cache, Path))
     name = ("mini-" if own else "") + re.sub(r"[^\w.-]", "_", folder.path.resolve().name)
     return cache / f"{name}-{dtype}-{key}"
-
-
-def _key(folder: Folder, dtype: str, *, contents: bool) -> str:
-    """A short name for what converting this folder would give.
-
-    contents: by the files' contents, so that all machines agree; else by their places, sizes and
-    times, which are known at once.
-    """
-    facts = [dtype, str(checkpoint.FORMAT), json.dumps(dataclasses.asdict(folder.config))]
-    assert folder.tokenizer is not None
-    files = [file for source in folder.sources.values() for file in source.reader.files]
-    files = [*dict.fromkeys(files), folder.tokenizer / "tokenizer.json"]
-    if contents:
-        with FileHashes(files) as hashes:
-            facts += [hashes.of(file) for file in files]
-    else:
-        facts.append(str(folder.path.resolve()))
-        for file in files:
-            status = file.stat()
-            facts.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]

@@ -19,6 +19,7 @@ from wan_jax import noise as noise_module
 from wan_jax.config import WanConfig
 from wan_jax.dit import Cond, DiT
 from wan_jax.fitting import Fit
+from wan_jax.planning.vae_memory import Room
 from wan_jax.request import Request, check_noise, latent_shape, make_request
 from wan_jax.sharding import Layout
 from wan_jax.weights.adapters import Adapter
@@ -69,6 +70,7 @@ class Wan:
     digest: SHA-256 over those of the source files and of the LoRAs, or "" for networks from
     elsewhere. loras: what was added to the DiT. layout: of the devices that a video is spread over;
     None is the first device. split: the networks of which each of these holds a share only.
+    room: what the VAE is given of a device, and does with in tiles.
     """
 
     config: WanConfig
@@ -80,6 +82,7 @@ class Wan:
     loras: tuple[Adapter, ...] = ()
     layout: Layout | None = None
     split: tuple[str, ...] = ()
+    room: Room = dataclasses.field(default_factory=Room)
     _resident: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def network(self, part: str, callback: Callback | None = None) -> Any:
@@ -142,7 +145,6 @@ class Wan:
         are decoded. Raises ValueError for what cannot be run, before anything is computed, and
         sampler.DivergedError naming the step at which latents became NaN or infinite.
         """
-        _check_output(output)
         request = make_request(
             self.config,
             prompt,
@@ -160,13 +162,20 @@ class Wan:
             seed=seed,
             num_videos=num_videos,
         )
+        self._check(request, output)
         start = self._noise(request, noise)
-        context = self.encode_text(texts(request), callback)
+        context = self.encode_text(request.texts, callback)
         known = self.encode_images(request, callback)
         latents = self.denoise(request, context, start, callback, known=known)
         if output == "stream":
             return self.decode(latents, callback=callback)
         return np.array(latents) if output == "latents" else self._frames(latents, callback)
+
+    def _check(self, request: Request, output: str) -> None:
+        if output not in OUTPUTS:
+            raise ValueError(f"output is {output!r}; one of {OUTPUTS} is needed")
+        at_once = request.noise_shape[0] if output == "stream" else 1
+        self.room.check(self.config, request.latent_shape, batch=at_once)
 
     def encode_text(self, prompts: Sequence[str], callback: Callback | None = None) -> np.ndarray:
         """UMT5 states [b, s, d] of the cleaned prompts, zero past each text; on the host."""
@@ -206,12 +215,12 @@ class Wan:
     def encode_known(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Known.channels of a request with images."""
         stride, frames = self.config.vae.temporal_stride, request.images
-        count, height, width, _ = request.latent_shape
+        _, height, width, _ = request.latent_shape
         last = frames[1].pixels if len(frames) > 1 else None
         chunks = conditioning.pixel_chunks(
             frames[0].pixels, frames=request.frames, last=last, stride=stride
         )
-        latents = self._encode(chunks, count, "the image", callback)
+        latents = self._encode(chunks, request.latent_shape, "the image", callback)
         mask = conditioning.mask_bthwc(
             request.frames, height=height, width=width, last=last is not None, stride=stride
         )
@@ -223,23 +232,22 @@ class Wan:
         pixels: float32 [f, y, x, 3] in -1..1, f = 4n + 1, sides in multiples of 16. Raises
         ValueError for another shape, sampler.DivergedError for latents that are not finite.
         """
-        stride = self.config.vae.temporal_stride
-        chunks = conditioning.video_chunks(pixels, stride=stride)
-        latent_shape(self.config, size=pixels.shape[2:0:-1], frames=len(pixels))
-        return self._encode(chunks, 1 + (len(pixels) - 1) // stride, "the video", callback)
+        chunks = conditioning.video_chunks(pixels, stride=self.config.vae.temporal_stride)
+        shape = latent_shape(self.config, size=pixels.shape[2:0:-1], frames=len(pixels))
+        return self._encode(chunks, shape, "the video", callback)
 
     def _encode(
-        self, chunks: Iterator[np.ndarray], count: int, what: str, callback: Callback | None
+        self, chunks: Iterator[np.ndarray], shape: tuple[int, ...], what: str, on: Callback | None
     ) -> np.ndarray:
-        """Latents [1, count, h, w, z] of the chunks of `what`."""
+        """Latents [1, *shape] of the chunks of `what`; shape: [t, h, w, z]. on: the callback."""
         latents: list[np.ndarray] = []
-        with self._stage("vae", callback) as network:
-            _tell(callback, "image", 0, count)
-            for latent in streaming.encode(
-                network, chunks, dtype=self.dtype, what=what, layout=self.layout
-            ):
+        tiles = self.room.tiling("encode", self.config.vae, shape).tiles
+        run = functools.partial(streaming.encode, dtype=self.dtype, layout=self.layout, tiles=tiles)
+        with self._stage("vae", on) as network:
+            _tell(on, "image", 0, shape[0])
+            for latent in run(network, chunks, what=what):
                 latents.append(latent)
-                _tell(callback, "image", len(latents), count)
+                _tell(on, "image", len(latents), shape[0])
             del network
         return np.concatenate(latents, axis=1)
 
@@ -280,10 +288,17 @@ class Wan:
     def _decode(
         self, network: Any, latents: Array, dtype: str, callback: Callback | None
     ) -> Iterator[np.ndarray]:
-        count = latents.shape[1]
+        batch, count = latents.shape[:2]
+        tiling = self.room.tiling("decode", self.config.vae, latents.shape[1:], batch)
         _tell(callback, "decode", 0, count)
         for frames, done in streaming.decode(
-            network, latents, pixels=dtype, dtype=self.dtype, layout=self.layout
+            network,
+            latents,
+            pixels=dtype,
+            dtype=self.dtype,
+            layout=self.layout,
+            tiles=tiling.tiles,
+            chunk=tiling.chunk,
         ):
             yield frames
             _tell(callback, "decode", done, count)
@@ -299,7 +314,7 @@ class Wan:
     ) -> Array:
         """Latents [b, t, h, w, c] float32 of a request.
 
-        context: states [n, s, d] of texts(request). start: noise [b, t, h, w, c], or the carry of
+        context: states [n, s, d] of request.texts. start: noise [b, t, h, w, c], or the carry of
         an interrupted run of the same request. known: of encode_images(request). Raises
         sampler.DivergedError naming the step at which latents became NaN or infinite.
         """
@@ -366,16 +381,6 @@ class Wan:
             )
             return jnp.tile(drawn, (len(request.prompts), 1, 1, 1, 1))
         return jnp.asarray(check_noise(noise, request.noise_shape))
-
-
-def _check_output(output: str) -> None:
-    if output not in OUTPUTS:
-        raise ValueError(f"output is {output!r}; one of {OUTPUTS} is needed")
-
-
-def texts(request: Request) -> tuple[str, ...]:
-    """The texts to encode: the prompts and, where guidance needs it, the negative prompt last."""
-    return (*request.prompts, *((request.negative,) if request.guidance != 1.0 else ()))
 
 
 def _tell(callback: Callback | None, stage: str, done: int, total: int) -> None:

@@ -38,6 +38,11 @@ class Request(NamedTuple):
     num_videos: int
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts to encode: the prompts and, where guidance needs it, the negative one last."""
+        return (*self.prompts, *((self.negative,) if self.guidance != 1.0 else ()))
+
+    @property
     def noise_shape(self) -> tuple[int, ...]:
         """[b, t, h, w, c] of all videos together."""
         return (len(self.prompts) * self.num_videos, *self.latent_shape)

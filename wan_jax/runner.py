@@ -23,12 +23,14 @@ from wan_jax import (
     noise,
     outputs,
     pipeline,
+    plans,
     resume,
 )
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.jobs import Plan
 from wan_jax.outputs import Job, record_path, target
 from wan_jax.pipeline import Progress
+from wan_jax.planning import vae_memory
 from wan_jax.sampler import Carry, DivergedError
 
 Array = jax.Array
@@ -46,6 +48,7 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         return
     devices.start(values)
     spread = devices.plan(values, plan.config, plan.jobs)
+    _check_memory(values, plan, spread)
     report = Reporter()
     with hosts.in_turn():
         source = loading.prepare(
@@ -64,6 +67,8 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         offload=values.offload_model,
         text_on_cpu=values.t5_cpu,
         plan=spread,
+        vae_dtype=values.vae_dtype,
+        max_memory=values.max_memory,
         callback=report,
     )
     if len(set(hosts.exchange(wan.digest))) > 1:
@@ -85,6 +90,24 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
     say(report.line())
     if failed:
         raise RuntimeError(f"{failed} of {len(runs)} videos failed")
+
+
+def _check_memory(values: flags.FlagValues, plan: Plan, spread: plans.Plan | None) -> None:
+    """ValueError naming --max_memory if the VAE cannot keep it, before anything is read."""
+    room = vae_memory.room(
+        values.max_memory,
+        plan.config,
+        dtype=values.dtype,
+        vae_dtype=values.vae_dtype,
+        offload=values.offload_model,
+        text_on_cpu=values.t5_cpu,
+        plan=spread,
+    )
+    for shape in dict.fromkeys(job.request.latent_shape for job in plan.jobs):
+        try:
+            room.check(plan.config, shape)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
 
 
 def _runs(values: flags.FlagValues, wan: wan_jax.Wan, jobs: Sequence[Job]) -> list["_Run"]:
@@ -191,7 +214,7 @@ class _Run:
 
     def texts(self) -> tuple[str, ...]:
         """The texts whose states denoise() needs."""
-        return () if self._is_denoised else pipeline.texts(self.job.request)
+        return () if self._is_denoised else self.job.request.texts
 
     def denoise(self, contexts: list[np.ndarray], report: Reporter) -> Array:
         """Latents [1, t, h, w, c]; Stopped after a step if a signal came and the state is kept."""
@@ -297,6 +320,7 @@ class _Run:
             "checkpoint_digest": self.wan.digest,
             **({"loras": outputs.described(self.wan.loras)} if self.wan.loras else {}),
             "offload_model": values.offload_model,
+            "max_memory": values.max_memory,
             **self._made_by(),
             "resumed_after": None if self.saved is None else self.saved.carry.done,
             "seconds": _sums(self._earlier, shared, own),

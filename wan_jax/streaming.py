@@ -3,6 +3,7 @@
 A program serves all chunks of a shape, and the state's buffers are reused, so memory does not grow
 with the length of a video. With a layout each device has its columns of all but what goes in and
 out, which is whole on every device: a process of several can only read what its own devices have.
+Of one device the memory can be less than a state: then the columns are run tile after tile.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wan_jax import spread, vae, xla
+from wan_jax import spread, vae, vae_tiles, xla
 from wan_jax.columns import SPLIT, columns_on
 from wan_jax.config import VAEConfig
 from wan_jax.sampler import DivergedError
@@ -26,6 +27,9 @@ Array = jax.Array
 # At most so many latent frames are decoded at a time, and a number that divides, so that one
 # program serves all chunks. On an H200 at 480P: 1 takes 1.23 s for 81 frames, 2 1.18 s, 5 1.15 s.
 DECODE_CHUNK = 2
+
+
+Program = Callable[[bool], Callable[..., Any]]  # of whether it is for the first chunk
 
 
 def decode_chunk(count: int) -> int:
@@ -40,24 +44,24 @@ def encode(
     dtype: str,
     what: str,
     layout: Layout | None = None,
+    tiles: int = 1,
 ) -> Iterator[np.ndarray]:
     """Latents [b, 1, h, w, z] float32 of a video, a latent frame at a time.
 
     chunks: float32 in -1..1, [b, 1, y, x, 3] and then [b, 4, y, x, 3] each, as
     conditioning.pixel_chunks or video_chunks give them. dtype: of the run, "bfloat16" or "float32".
-    layout: of the devices that the network lies on; None is the first device.
+    layout: of the devices that the network lies on; None is the first device. tiles: of the width,
+    one after the other, on one device; it changes the memory, never the values.
     Raises DivergedError, which says `what` the video is, for latents that are not finite.
     """
-    stride = network.config.spatial_stride
-    state: vae.State | None = None
+    run: Program | None = None
     before: np.ndarray | None = None
     for i, pixels in enumerate(chunks):
-        if state is None:
-            b, _, y, x, _ = pixels.shape
-            state = zeros(vae.encoder_state, network.config, (b, y // stride, x // stride), layout)
+        if run is None:
+            run, state = _encoding(network, pixels.shape, dtype=dtype, layout=layout, tiles=tiles)
         if pixels is not before:  # grey chunks are one array, and cross to the device once
             placed, before = place(pixels, layout), pixels
-        latents, state = encode_program(i == 0, dtype, layout)(network, placed, state)
+        latents, state = run(i == 0)(network, placed, state)
         found = np.asarray(latents)
         if not np.isfinite(found).all():
             raise DivergedError(f"{what}'s latents became NaN or infinite at latent frame {i}")
@@ -65,32 +69,88 @@ def encode(
 
 
 def decode(
-    network: vae.VAE, latents: Array, *, pixels: str, dtype: str, layout: Layout | None = None
+    network: vae.VAE,
+    latents: Array,
+    *,
+    pixels: str,
+    dtype: str,
+    layout: Layout | None = None,
+    tiles: int = 1,
+    chunk: int | None = None,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Chunks of frames [b, f, y, x, 3], each with the number of latent frames that are done.
 
-    latents: float32 [b, t, h, w, z]. pixels: "uint8" or "float32". dtype: of the run. layout: as
-    encode() has it. A chunk crosses to the host while the next is computed. Raises DivergedError
-    for frames that hold NaN.
+    latents: float32 [b, t, h, w, z]. pixels: "uint8" or "float32". dtype: of the run. layout,
+    tiles: as encode() has them. chunk: latent frames at a time after the first, a number that
+    divides those; None is decode_chunk()'s. A chunk crosses to the host while the next is computed.
+    Raises DivergedError for frames that hold NaN.
     """
-    b, count, height, width, _ = latents.shape
-    chunk = decode_chunk(count)
-    state = zeros(vae.decoder_state, network.config, (b, height, width), layout)
+    count = latents.shape[1]
+    chunk = decode_chunk(count) if chunk is None else chunk
+    program, state = _decoding(
+        network, latents.shape, pixels=pixels, dtype=dtype, layout=layout, tiles=tiles
+    )
     latents = place(latents, layout)
     # One image is rounded, as the reference saves it; a video is truncated, as it writes those.
     rounding = 0.5 if count == 1 else 0.0
     waiting: tuple[Array, Array, int] | None = None
     for start in (0, *range(1, count, chunk)):
         stop = 1 if start == 0 else start + chunk
-        run = decode_program(start == 0, pixels, dtype, layout)
         # A dynamic slice: a static one would be a program of its own for every chunk.
         piece = lax.dynamic_slice_in_dim(latents, start, stop - start, axis=1)
-        found, finite, state = run(network, piece, state, rounding)
+        found, finite, state = program(start == 0)(network, piece, state, rounding)
         if waiting is not None:
             yield _fetch(*waiting)
         waiting = found, finite, stop
     assert waiting is not None
     yield _fetch(*waiting)
+
+
+def _encoding(
+    network: vae.VAE,
+    shape: tuple[int, ...],
+    *,
+    dtype: str,
+    layout: Layout | None,
+    tiles: int,
+) -> tuple[Program, Any]:
+    """What encodes a first (True) or a following chunk of frames [b, _, y, x, _]; a zero state."""
+    config, (b, _, y, x, _) = network.config, shape
+    height, width = y // config.spatial_stride, x // config.spatial_stride
+    if tiles > 1:
+        whole = vae_tiles.encoder_tiles(config, width, tiles)
+        run = vae_tiles.Run(whole, dtype, _one_device(layout, tiles))
+        return lambda first: functools.partial(vae_tiles.encode, run=run, first=first), run.start()
+    state = zeros(vae.encoder_state, config, (b, height, width), layout, dtype=network.dtype)
+    return lambda first: encode_program(first, dtype, layout), state
+
+
+def _decoding(
+    network: vae.VAE,
+    shape: tuple[int, ...],
+    *,
+    pixels: str,
+    dtype: str,
+    layout: Layout | None,
+    tiles: int,
+) -> tuple[Program, Any]:
+    """What decodes a first (True) or a following chunk of latents [b, _, h, w, _]; a zero state."""
+    config, (b, _, height, width, _) = network.config, shape
+    if tiles > 1:
+        whole = vae_tiles.decoder_tiles(config, width, tiles)
+        run = vae_tiles.Run(whole, dtype, _one_device(layout, tiles))
+        own = functools.partial(vae_tiles.decode, run=run, pixels=pixels)
+        return lambda first: functools.partial(own, first=first), run.start()
+    state = zeros(vae.decoder_state, config, (b, height, width), layout, dtype=network.dtype)
+    return lambda first: decode_program(first, pixels, dtype, layout), state
+
+
+def _one_device(layout: Layout | None, tiles: int) -> Layout | None:
+    """The layout; ValueError if it is of several devices, each of which has columns of its own."""
+    devices = 1 if layout is None else layout.mesh.size
+    if devices > 1:
+        raise ValueError(f"tiles is {tiles}; they are run on one device, and there are {devices}")
+    return layout
 
 
 def _fetch(pixels: Array, finite: Array, stop: int) -> tuple[np.ndarray, int]:
@@ -113,15 +173,17 @@ def zeros(
     config: VAEConfig,
     shape: tuple[int, int, int],
     layout: Layout | None,
+    *,
+    dtype: jnp.dtype = jnp.float32,
 ) -> vae.State:
     """The state that vae.encoder_state or vae.decoder_state makes for latents [b, _, h, w, _].
 
-    With a layout no device ever holds more of it than is its own.
+    dtype: of the network's weights. With a layout no device ever holds more of it than is its own.
     """
     if layout is None:
         b, height, width = shape
-        return place(make(config, b, height=height, width=width), None)
-    return zeros_program(make, config, shape, layout)()
+        return place(make(config, b, height=height, width=width, dtype=dtype), None)
+    return zeros_program(make, config, shape, layout, dtype)()
 
 
 @functools.cache
@@ -130,19 +192,14 @@ def zeros_program(
     config: VAEConfig,
     shape: tuple[int, int, int],
     layout: Layout,
+    dtype: jnp.dtype = jnp.float32,
 ) -> xla.Program:
     """The program by which zeros() makes it with a layout."""
     b, height, width = shape
     columns = columns_on(layout, width)
-    own = functools.partial(make, config, b, height=height, width=width, columns=columns)
+    size = {"height": height, "width": width, "dtype": dtype}
+    own = functools.partial(make, config, b, columns=columns, **size)
     return spread.make(own, layout, SPLIT)
-
-
-def _precision(dtype: str) -> lax.Precision:
-    """The reference's: TF32 convolutions on NVIDIA; three bfloat16 passes are TPU's nearest."""
-    if dtype == "float32":
-        return lax.Precision.HIGHEST
-    return lax.Precision.HIGH if xla.traced_for().platform == "tpu" else lax.Precision.DEFAULT
 
 
 @functools.cache
@@ -157,7 +214,7 @@ def encode_program(first: bool, dtype: str, layout: Layout | None) -> xla.Progra
         columns = columns_on(layout, pixels.shape[3] // network.config.spatial_stride)
         if columns is not None:
             pixels = columns.take(pixels)
-        precision = _precision(dtype)
+        precision = xla.convolutions(dtype)
         latents, state = own(network, pixels, state, precision=precision, columns=columns)
         return latents if columns is None else columns.join(latents), state
 
@@ -176,14 +233,12 @@ def decode_program(first: bool, pixels: str, dtype: str, layout: Layout | None) 
         columns = columns_on(layout, latents.shape[3])
         if columns is not None:
             latents = columns.take(latents)
-        precision = _precision(dtype)
+        precision = xla.convolutions(dtype)
         frames, state = own(network, latents, state, precision=precision, columns=columns)
         if columns is not None:
             frames = columns.real(frames)
         finite = jnp.all(jnp.isfinite(frames))
-        if pixels == "uint8":
-            levels = (frames + 1.0) * 0.5 * 255.0 + rounding
-            frames = jnp.minimum(levels, 255.0).astype(jnp.uint8)
+        frames = vae_tiles.levels(frames, pixels, rounding)
         if columns is not None:  # as bytes, a quarter of what floats would be
             frames, finite = columns.join(frames), columns.every(finite)
         return frames, finite, state

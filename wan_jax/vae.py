@@ -37,9 +37,13 @@ from wan_jax.vae_blocks import (
 )
 from wan_jax.vae_stages import (
     RGB,
+    Coarse,
+    Fine,
     State,
+    decoder_parts,
     decoder_stages,
     decoder_state,
+    encoder_parts,
     encoder_stages,
     encoder_state,
 )
@@ -95,27 +99,62 @@ class VAE(nnx.Module):
         self.post_quant = Linear(config.z_dim, config.z_dim, rngs=rngs, dtype=dtype)
         self.decoder = Decoder(config, rngs=rngs, dtype=dtype)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the weights, and so of the state."""
+        return self.decoder.conv_in.kernel.dtype
 
-def _run_encoder(p: Encoder, x: Array, state: State, *, how: How) -> tuple[Array, State]:
-    x, conv_in = conv3d(p.conv_in, x, state.conv_in, how=how)
+
+def encode_fine(vae: VAE, frames: Array, state: Fine, *, how: How) -> tuple[Array, Fine]:
+    """The encoder as far as the latents' resolution, at which encode_coarse() goes on."""
+    p = vae.encoder
+    x, conv_in = conv3d(p.conv_in, frames, state.conv, how=how)
     stages = []
-    for blocks, past in zip(p.stages, state.stages, strict=True):
+    for blocks, past in zip(list(p.stages)[:-1], state.stages, strict=True):
         x, after = run_stage(blocks, x, past, resample=downsample, how=how)
         stages.append(after)
-    x, mid = middle(p.middle, x, state.middle, how=how)
-    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv_out, how=how)
-    return x, State(conv_in, mid, tuple(stages), conv_out)
+    return x, Fine(tuple(stages), conv_in)
 
 
-def _run_decoder(p: Decoder, x: Array, state: State, *, how: How) -> tuple[Array, State]:
-    x, conv_in = conv3d(p.conv_in, x, state.conv_in, how=how)
+def encode_coarse(vae: VAE, x: Array, state: Coarse, *, how: How) -> tuple[Array, Coarse]:
+    """Means and log-variances of raw latents, [b, t, h, w, 2 z] float32, of encode_fine()'s."""
+    p = vae.encoder
+    x, stage = run_stage(p.stages[-1], x, state.stage, resample=downsample, how=how)
     x, mid = middle(p.middle, x, state.middle, how=how)
-    stages = []
-    for blocks, past in zip(p.stages, state.stages, strict=True):
+    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv, how=how)
+    return conv1x1(vae.quant, x, how=how).astype(jnp.float32), Coarse(conv_out, mid, stage)
+
+
+def decode_coarse(vae: VAE, raw: Array, state: Coarse, *, how: How) -> tuple[Array, Coarse]:
+    """The decoder of raw latents as far as its first upsampling, whence decode_fine() goes on."""
+    p = vae.decoder
+    z = conv1x1(vae.post_quant, raw, how=how)
+    x, conv_in = conv3d(p.conv_in, z, state.conv, how=how)
+    x, mid = middle(p.middle, x, state.middle, how=how)
+    x, stage = run_stage(p.stages[0], x, state.stage, resample=upsample, how=how)
+    return x, Coarse(conv_in, mid, stage)
+
+
+def decode_fine(vae: VAE, x: Array, state: Fine, *, how: How) -> tuple[Array, Fine]:
+    """Frames, float32 and not clipped, of what decode_coarse() gives."""
+    p, stages = vae.decoder, []
+    for blocks, past in zip(list(p.stages)[1:], state.stages, strict=True):
         x, after = run_stage(blocks, x, past, resample=upsample, how=how)
         stages.append(after)
-    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv_out, how=how)
-    return x, State(conv_in, mid, tuple(stages), conv_out)
+    x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv, how=how)
+    return x.astype(jnp.float32), Fine(tuple(stages), conv_out)
+
+
+def normalised(config: VAEConfig, moments: Array) -> Array:
+    """Latents of the means and log-variances of raw ones."""
+    mean, std = _statistics(config)
+    return (moments[..., : config.z_dim] - mean) / std
+
+
+def raw_latents(config: VAEConfig, latents: Array) -> Array:
+    """What normalised() has made latents of."""
+    mean, std = _statistics(config)
+    return latents.astype(jnp.float32) * std + mean
 
 
 def _statistics(config: VAEConfig) -> tuple[Array, Array]:
@@ -126,28 +165,26 @@ def _statistics(config: VAEConfig) -> tuple[Array, Array]:
 
 
 def _moments(vae: VAE, frames: Array, state: State, *, how: How) -> tuple[Array, State]:
-    """Means and log-variances of raw latents, [b, t, h, w, 2 z]."""
-    h, state = _run_encoder(vae.encoder, frames, state, how=how)
-    return conv1x1(vae.quant, h, how=how).astype(jnp.float32), state
-
-
-def _encode(vae: VAE, frames: Array, state: State, *, how: How) -> tuple[Array, State]:
-    h, state = _moments(vae, frames, state, how=how)
-    mean, std = _statistics(vae.config)
-    return (h[..., : vae.config.z_dim] - mean) / std, state
+    coarse, fine = encoder_parts(state)
+    x, fine = encode_fine(vae, frames, fine, how=how)
+    x, coarse = encode_coarse(vae, x, coarse, how=how)
+    return x, State(fine.conv, coarse.middle, (*fine.stages, coarse.stage), coarse.conv)
 
 
 def _frames(vae: VAE, raw: Array, state: State, *, how: How) -> tuple[Array, State]:
-    """Frames of raw latents, not clipped."""
-    z = conv1x1(vae.post_quant, raw, how=how)
-    frames, state = _run_decoder(vae.decoder, z, state, how=how)
-    return frames.astype(jnp.float32), state
+    coarse, fine = decoder_parts(state)
+    x, coarse = decode_coarse(vae, raw, coarse, how=how)
+    x, fine = decode_fine(vae, x, fine, how=how)
+    return x, State(coarse.conv, coarse.middle, (coarse.stage, *fine.stages), fine.conv)
+
+
+def _encode(vae: VAE, frames: Array, state: State, *, how: How) -> tuple[Array, State]:
+    moments, state = _moments(vae, frames, state, how=how)
+    return normalised(vae.config, moments), state
 
 
 def _decode(vae: VAE, latents: Array, state: State, *, how: How) -> tuple[Array, State]:
-    mean, std = _statistics(vae.config)
-    raw = latents.astype(jnp.float32) * std + mean
-    frames, state = _frames(vae, raw, state, how=how)
+    frames, state = _frames(vae, raw_latents(vae.config, latents), state, how=how)
     return jnp.clip(frames, -1.0, 1.0), state
 
 
@@ -292,7 +329,7 @@ def encode(vae: VAE, frames: Array, *, chunk: int = 1, precision: lax.Precision 
         batch,
         height=height // stride,
         width=width // stride,
-        dtype=vae.encoder.conv_in.kernel.dtype,
+        dtype=vae.dtype,
     )
     return _stream(
         functools.partial(encode_first, vae, precision=precision),
@@ -315,12 +352,11 @@ def decode(
     """
     _check("latents", latents, vae.config.z_dim)
     batch, _, height, width, _ = latents.shape
-    dtype = vae.decoder.conv_in.kernel.dtype
     return _stream(
         functools.partial(decode_first, vae, precision=precision),
         functools.partial(decode_next, vae, precision=precision),
         latents,
-        decoder_state(vae.config, batch, height=height, width=width, dtype=dtype),
+        decoder_state(vae.config, batch, height=height, width=width, dtype=vae.dtype),
         chunk=chunk,
         read=1,
         write=vae.config.temporal_stride,
@@ -335,9 +371,8 @@ def moments(vae: VAE, frames: Array, *, precision: lax.Precision = HIGHEST) -> t
     """
     stride = vae.config.spatial_stride
     batch, _, height, width, _ = frames.shape
-    dtype = vae.encoder.conv_in.kernel.dtype
     state = encoder_state(
-        vae.config, batch, height=height // stride, width=width // stride, dtype=dtype
+        vae.config, batch, height=height // stride, width=width // stride, dtype=vae.dtype
     )
     both = _whole(functools.partial(_moments, vae), frames, state, precision=precision)
     return tuple(jnp.split(both, 2, axis=-1))  # type: ignore[return-value]
@@ -346,8 +381,7 @@ def moments(vae: VAE, frames: Array, *, precision: lax.Precision = HIGHEST) -> t
 def reconstruct(vae: VAE, raw: Array, *, precision: lax.Precision = HIGHEST) -> Array:
     """Frames [b, 1 + 4n, 8h, 8w, 3], float32 and not clipped, of what moments() gives."""
     batch, _, height, width, _ = raw.shape
-    dtype = vae.decoder.conv_in.kernel.dtype
-    state = decoder_state(vae.config, batch, height=height, width=width, dtype=dtype)
+    state = decoder_state(vae.config, batch, height=height, width=width, dtype=vae.dtype)
     return _whole(functools.partial(_frames, vae), raw, state, precision=precision)
 
 

@@ -103,6 +103,57 @@ class State(NamedTuple):
     conv_out: Array
 
 
+class Coarse(NamedTuple):
+    """Of a State what belongs to the latents' resolution; conv: at the latents' end.
+
+    stage: the encoder's last, or the decoder's first, whose upsampling belongs to it.
+    """
+
+    conv: Array
+    middle: MiddleState
+    stage: StageState
+
+
+class Fine(NamedTuple):
+    """Of a State what is finer than that; conv: at the pixels' end."""
+
+    stages: tuple[StageState, ...]
+    conv: Array
+
+
+def encoder_parts(state: State) -> tuple[Coarse, Fine]:
+    """An encoder's state in two."""
+    coarse = Coarse(state.conv_out, state.middle, state.stages[-1])
+    return coarse, Fine(state.stages[:-1], state.conv_in)
+
+
+def decoder_parts(state: State) -> tuple[Coarse, Fine]:
+    """A decoder's state in two."""
+    coarse = Coarse(state.conv_in, state.middle, state.stages[0])
+    return coarse, Fine(state.stages[1:], state.conv_out)
+
+
+# A convolution looks one column to either side; that of a halving in space one to the right.
+
+
+def encoder_reach(config: VAEConfig) -> int:
+    """So many latent columns to either side are seen, at most, as frames become Coarse's input."""
+    reach = 0
+    for stage in reversed(encoder_stages(config)[:-1]):
+        reach = (2 * reach + 1 if stage.resample else reach) + 2 * stage.num_blocks
+    return -(-(reach + 1) // config.spatial_stride)
+
+
+def decoder_reach(config: VAEConfig) -> int:
+    """So many latent columns to either side are seen, at most, as frames become of Coarse's."""
+    reach = 1
+    first, *others = decoder_stages(config)
+    for stage in reversed(others):
+        # The convolution is behind the doubling: of two columns that are one both see the same.
+        reach = (-(-(reach + 1) // 2) if stage.resample else reach) + 2 * stage.num_blocks
+    return -(-reach // 2) if first.resample else reach
+
+
 def encoder_state(
     config: VAEConfig,
     batch: int,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 
 # GPU: without the NHWC layout cuDNN's 3D convolutions transpose input and output (1.4 to 1.9 times
 # slower on an H200). CPU: code motion would convert all layers of a bfloat16 stack to float32
@@ -47,6 +48,16 @@ def traced_for() -> Traced:
     if device is None:
         device = jax.devices()[0]
     return Traced(device.platform, device.device_kind)
+
+
+def convolutions(dtype: str) -> lax.Precision:
+    """The precision of float32 convolutions in a run in "bfloat16" or "float32".
+
+    The reference's: TF32 on NVIDIA; three bfloat16 passes are TPU's nearest.
+    """
+    if dtype == "float32":
+        return lax.Precision.HIGHEST
+    return lax.Precision.HIGH if traced_for().platform == "tpu" else lax.Precision.DEFAULT
 
 
 class Program:

@@ -19,7 +19,7 @@ from tests.random_weights import random_array, relative_l2
 from tests.unit import test_sampler
 from tests.unit.conftest import TINY, TINY_FLF2V, TINY_I2V
 from tests.unit.test_sampler import SHAPE, STEPS, prepare, scan
-from wan_jax import fitting, images, pipeline, sampler
+from wan_jax import fitting, images, sampler
 from wan_jax.dit import Cond, DiT
 from wan_jax.noise import initial_noise
 from wan_jax.pipeline import Progress
@@ -99,7 +99,7 @@ def _request(wan: Wan, *sources: Any, **arguments: Any) -> Request:
 
 
 def _denoise(wan: Wan, request: Request, **arguments: Any) -> np.ndarray:
-    context = wan.encode_text(pipeline.texts(request))
+    context = wan.encode_text(request.texts)
     start = initial_noise(request.seed, 1, shape=request.latent_shape)
     known = wan.encode_images(request)
     return np.asarray(wan.denoise(request, context, start, known=known, **arguments))
@@ -204,7 +204,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(flf2v: Wan, done: int) ->
             kept.append(Carry(progress.done, State(*map(np.array, progress.carry.state))))
 
     whole = _denoise(flf2v, request, callback=callback)
-    context = flf2v.encode_text(pipeline.texts(request))
+    context = flf2v.encode_text(request.texts)
     known = flf2v.encode_images(request)
     resumed = flf2v.denoise(request, context, kept[done], known=known)
     np.testing.assert_array_equal(resumed, whole)
@@ -306,7 +306,7 @@ def test_fit_is_checked_where_there_is_no_image_too() -> None:
 
 def test_what_is_known_of_another_video_is_refused(i2v: Wan) -> None:
     request = _request(i2v, FIRST)
-    context = i2v.encode_text(pipeline.texts(request))
+    context = i2v.encode_text(request.texts)
     other = i2v.encode_images(make_request(i2v.config, PROMPT, image=FIRST, frames=9))
     start = initial_noise(0, 1, shape=request.latent_shape)
     for known, found in ((other, r"\(3, "), (None, "None")):

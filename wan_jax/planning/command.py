@@ -61,7 +61,13 @@ def show(values: flags.FlagValues, configs: Path) -> NoReturn:
             dtype=values.dtype,
             offload=values.offload_model,
             text_on_cpu=values.t5_cpu,
+            vae_dtype=values.vae_dtype,
+            max_memory=values.max_memory,
         )
+        try:
+            case.room.check(config, work.latent_shape)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
         found = estimate(case, callback=lambda stage: say(f"compiling {stage}"))
         fits = fits and found.fits
         if hosts.is_first():

@@ -62,13 +62,15 @@ def estimate(
 ) -> Estimate:
     """What a video needs. compiled: the stages whose programs are compiled, where they can be.
 
+    What a limit of memory has changed, tiles or chunks of the VAE, is by formula.
     callback: told the name of a stage before it is compiled, which takes seconds, or ten minutes
     and more for the VAE on a TPU. Raises ValueError for a target that there is no compiler for.
     """
     base = needs(case)
     measured: dict[str, int] = {}
     if case.target.compiles:
-        measured = dict(_compiled(case, {n for n in compiled if n in base}, callback))
+        wanted = {n for n in compiled if n in base and case.is_usual(n)}
+        measured = dict(_compiled(case, wanted, callback))
     return Estimate(
         case,
         tuple(
@@ -99,7 +101,12 @@ def _compiled(
     """(stage, bytes beside the weights) of each program."""
     devices = case.target.devices()
     found = programs.stages(
-        case.config, case.work, plan=case.plan, devices=devices, dtype=case.dtype
+        case.config,
+        case.work,
+        plan=case.plan,
+        devices=devices,
+        dtype=case.dtype,
+        vae_dtype=case.vae_dtype,
     )
     for name, make in found.items():
         if name not in wanted or (case.text_on_cpu and PART_OF[name] == "umt5"):

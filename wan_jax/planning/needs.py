@@ -9,19 +9,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from wan_jax import vae
-from wan_jax.columns import Columns
 from wan_jax.config import WanConfig
-from wan_jax.planning import costs, vae_costs
+from wan_jax.planning import costs, vae_costs, vae_memory
 from wan_jax.planning.costs import Flops
 from wan_jax.planning.programs import Work
 from wan_jax.planning.targets import Chip, Target
+from wan_jax.planning.vae_memory import Coding, Kind, Room
 from wan_jax.plans import Plan
-from wan_jax.streaming import decode_chunk
-from wan_jax.vae_stages import RGB
 from wan_jax.weights.sources import abstract_part
 
 PART_OF = {
@@ -32,13 +28,10 @@ PART_OF = {
     "denoise": "dit",
     "decode": "vae",
 }
-# Arrays as large as a chunk of frames at the finest scale that the VAE has at once, its state
-# apart: a convolution's input behind its past, the result, the block's input, and what norms make.
-_VAE_ARRAYS = 5
 
 
 class Case(NamedTuple):
-    """A video on devices. offload, text_on_cpu: as loading.load() has them."""
+    """A video on devices. offload and all below it: as loading.load() has them."""
 
     config: WanConfig
     work: Work
@@ -47,6 +40,33 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     offload: bool = False
     text_on_cpu: bool = False
+    vae_dtype: str = "float32"
+    max_memory: int | None = None
+
+    @property
+    def room(self) -> Room:
+        """What the VAE is given of the devices."""
+        return vae_memory.room(
+            self.max_memory,
+            self.config,
+            dtype=self.dtype,
+            vae_dtype=self.vae_dtype,
+            offload=self.offload,
+            text_on_cpu=self.text_on_cpu,
+            plan=self.plan,
+        )
+
+    def coding(self, stage: str) -> Coding:
+        """What the VAE does in the stage "image" or "decode"."""
+        kind: Kind = "encode" if stage == "image" else "decode"
+        return self.room.coding(kind, self.config.vae, self.work.latent_shape)
+
+    def is_usual(self, stage: str) -> bool:
+        """Whether it is run whole, and in chunks as long as they are where there is no limit."""
+        if PART_OF[stage] != "vae":
+            return True
+        coding = self.coding(stage)
+        return self.room.best(coding) == coding.usual
 
 
 class Need(NamedTuple):
@@ -72,7 +92,8 @@ class Need(NamedTuple):
 def needs(case: Case) -> dict[str, Need]:
     """{stage: what it needs}, in the order in which they run."""
     config = case.config
-    parts = {part: _network(config, part, case.dtype) for part in config.dit.parts}
+    dtypes = case.dtype, case.vae_dtype
+    parts = {part: _network(config, part, *dtypes) for part in config.dit.parts}
     found = {"text": _text(case, parts)}
     if config.clip is not None:
         found |= {"views": _views(case, parts), "image": _image(case, parts)}
@@ -99,8 +120,8 @@ def held_bytes(case: Case) -> int:
 
 
 @functools.cache
-def _network(config: WanConfig, part: str, dtype: str) -> Any:
-    return abstract_part(getattr(config, part), jnp.dtype(dtype))
+def _network(config: WanConfig, part: str, dtype: str, vae_dtype: str) -> Any:
+    return abstract_part(getattr(config, part), jnp.dtype(dtype), jnp.dtype(vae_dtype))
 
 
 def _resident(case: Case, parts: Mapping[str, Any], part: str) -> int:
@@ -155,51 +176,35 @@ def _views(case: Case, parts: Mapping[str, Any]) -> Need:
 
 
 def _image(case: Case, parts: Mapping[str, Any]) -> Need:
-    config, shape = case.config.vae, case.work.latent_shape
-    cost = vae_costs.encode(config, shape, devices=_devices_of_a_video(case.plan))
-    frames = 1 if shape[0] == 1 else config.temporal_stride
-    return _of_vae(case, parts, cost, vae.encoder_state, frames=frames, videos=1)
+    coding = case.coding("image")
+    cost = vae_costs.encode(coding.config, coding.latent_shape, devices=coding.devices)
+    return _of_vae(case, parts, cost, coding, videos=1)
 
 
 def _decode(case: Case, parts: Mapping[str, Any]) -> Need:
-    config, shape = case.config.vae, case.work.latent_shape
-    cost = vae_costs.decode(config, shape, devices=_devices_of_a_video(case.plan))
-    frames = 1 if shape[0] == 1 else decode_chunk(shape[0]) * config.temporal_stride
-    return _of_vae(case, parts, cost, vae.decoder_state, frames=frames, videos=case.work.batch)
+    coding = case.coding("decode")
+    cost = vae_costs.decode(coding.config, coding.latent_shape, devices=coding.devices)
+    return _of_vae(case, parts, cost, coding, videos=case.work.batch)
 
 
 def _of_vae(
-    case: Case,
-    parts: Mapping[str, Any],
-    cost: vae_costs.Cost,
-    state: Callable[..., vae.State],
-    *,
-    frames: int,
-    videos: int,
+    case: Case, parts: Mapping[str, Any], cost: vae_costs.Cost, coding: Coding, *, videos: int
 ) -> Need:
-    """videos: so many, one after the other. frames: of a chunk."""
-    config, (_, height, width, _) = case.config.vae, case.work.latent_shape
-    columns = Columns(width, _devices_of_a_video(case.plan))
-    own = functools.partial(state, config, 1, height=height, width=width, columns=columns)
-    kept = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(jax.eval_shape(own)))
-    rows, own_columns = height * config.spatial_stride, columns.share * config.spatial_stride
-    # The past of a convolution is two frames, and a column of each neighbour.
-    pixels = (frames + 2) * rows * (own_columns + 2)
-    array = pixels * config.base_dim * config.dim_mult[0] * 4
-    whole = frames * rows * own_columns * columns.devices * RGB * 4
-    flops, sent = cost.flops.times(videos), cost.sent * videos
+    """videos: so many, one after the other."""
+    tiling = case.room.best(coding)
+    tiles = coding.tiles(tiling)
+    # As if all of a tile were computed anew beside its own columns: what is coarse is not, and
+    # is little.
+    again = len(tiles.places()) * tiles.window / tiles.width
+    flops, sent = cost.flops.times(videos * again), cost.sent * videos
     return Need(
         _resident(case, parts, "vae"),
-        kept + _VAE_ARRAYS * array + whole,
+        coding.working_bytes(tiling),
         0,
         flops,
         sent,
         _seconds(case, flops, 0, sent),
     )
-
-
-def _devices_of_a_video(plan: Plan) -> int:
-    return plan.devices // plan.batch
 
 
 def _conditions(case: Case, parts: Mapping[str, Any]) -> Need:

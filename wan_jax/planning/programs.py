@@ -68,7 +68,7 @@ def work_of(request: Request) -> Work:
     batch, *_ = request.noise_shape
     branches = 1 if request.guidance == 1.0 else 2
     steps = len(request.schedule.table)
-    return Work(request.latent_shape, steps, branches, batch, len(pipeline.texts(request)))
+    return Work(request.latent_shape, steps, branches, batch, len(request.texts))
 
 
 def stages(
@@ -78,13 +78,14 @@ def stages(
     plan: Plan,
     devices: Sequence[jax.Device],
     dtype: str,
+    vae_dtype: str = "float32",
 ) -> dict[str, Callable[[], Stage]]:
     """{name: function that gives the stage} of STAGES, as many as this checkpoint has.
 
     devices: to compile for.
     """
     layout = plan.layout(devices)
-    own = _Builder(config, work, plan, layout, dtype)
+    own = _Builder(config, work, plan, layout, dtype, jnp.dtype(vae_dtype))
     found: dict[str, Callable[[], Stage]] = {"text": own.text}
     if config.clip is not None:
         found |= {"views": own.views, "image": own.image}
@@ -97,6 +98,7 @@ class _Builder(NamedTuple):
     plan: Plan
     layout: Layout
     dtype: str
+    vae_dtype: jnp.dtype
 
     def text(self) -> Stage:
         network, layout = self._network("umt5")
@@ -157,7 +159,8 @@ class _Builder(NamedTuple):
 
     def _network(self, part: str) -> tuple[Any, Layout]:
         layout = self.layout.of_weights(split=part in self.plan.split)
-        network = abstract_part(getattr(self.config, part), jnp.dtype(self.dtype))
+        own = getattr(self.config, part)
+        network = abstract_part(own, jnp.dtype(self.dtype), self.vae_dtype)
         return jax.tree.map(_lying, network, layout.weights(network)), layout
 
     def _prepared(self) -> tuple[Shape, ...]:
@@ -172,7 +175,8 @@ class _Builder(NamedTuple):
     def _state(self, make: Callable[..., vae.State]) -> Any:
         """The VAE's state, of which each device holds its columns."""
         _, height, width, _ = self.work.latent_shape
-        program = streaming.zeros_program(make, self.config.vae, (1, height, width), self.layout)
+        shape, dtype = (1, height, width), self.vae_dtype
+        program = streaming.zeros_program(make, self.config.vae, shape, self.layout, dtype)
         made = program.on(self.layout.mesh.devices.flat[0]).eval_shape()
         where = NamedSharding(self.layout.mesh, SPLIT)
         return jax.tree.map(lambda leaf: _lying(leaf, where), made)

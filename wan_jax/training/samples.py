@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from wan_jax import media, noise, pipeline
+from wan_jax import media, noise
 from wan_jax.config import WanConfig
 from wan_jax.dit import DiT
 from wan_jax.pipeline import Callback, Known, Wan
@@ -77,12 +77,12 @@ class Samples:
         self._wan, self._folder = wan, out / FOLDER
         self._fps = fps or wan.config.defaults.fps
         self._say = notify or (lambda _: None)
-        texts = list(dict.fromkeys(t for request in requests for t in pipeline.texts(request)))
+        texts = list(dict.fromkeys(t for request in requests for t in request.texts))
         states = dict(zip(texts, wan.encode_text(texts, callback), strict=True)) if texts else {}
         self._samples = [
             _Sample(
                 request,
-                np.stack([states[text] for text in pipeline.texts(request)]),
+                np.stack([states[text] for text in request.texts]),
                 wan.encode_images(request, callback),
             )
             for request in requests

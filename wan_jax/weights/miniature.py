@@ -5,7 +5,7 @@ With random weights everything runs and nothing is downloaded.
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,18 @@ def name(config: WanConfig) -> str:
     """A folder's name that changes with the sizes: a cache never holds those of another release."""
     kind = KINDS[config.images]
     return f"random-nano-{kind}-{zlib.crc32(config.to_json().encode()):08x}"
+
+
+def kept(config: WanConfig, cache: Path, notify: Callable[[str], None]) -> Path:
+    """The folder in the cache of a checkpoint with random weights; notify: told that they are."""
+    path = cache / name(config)
+    notify(
+        "running a small network of random weights, which shows that everything works and makes "
+        f"patterns, not pictures ({path})"
+    )
+    if not path.is_dir():
+        write(path, config=config)
+    return path
 
 
 def write(path: Path, *, config: WanConfig = NANO_T2V, seed: int = 0) -> None:

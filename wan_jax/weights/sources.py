@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from wan_jax.umt5 import UMT5
 from wan_jax.vae import VAE
 from wan_jax.weights import clip, dit, repacks, trees, umt5, vae
 from wan_jax.weights.facts import one_line, read_json
+from wan_jax.weights.hashes import FileHashes
 from wan_jax.weights.layouts import Search
 from wan_jax.weights.readers import FileReader
 from wan_jax.weights.rules import Shape, Table
@@ -84,23 +86,46 @@ class Folder:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
+    def key(self, facts: Sequence[str], *, contents: bool) -> str:
+        """A short name for what converting this folder as these facts say would give.
+
+        contents: by the files' contents, so that all machines agree; else by their places, sizes
+        and times, which are known at once.
+        """
+        assert self.tokenizer is not None
+        found = list(facts)
+        files = [file for source in self.sources.values() for file in source.reader.files]
+        files = [*dict.fromkeys(files), self.tokenizer / "tokenizer.json"]
+        if contents:
+            with FileHashes(files) as hashes:
+                found += [hashes.of(file) for file in files]
+        else:
+            found.append(str(self.path.resolve()))
+            for file in files:
+                status = file.stat()
+                found.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
+
 
 @functools.cache
-def sizes(config: WanConfig, dtype: jnp.dtype) -> dict[str, int]:
-    """{network: bytes of its weights on a device} of a checkpoint."""
+def sizes(
+    config: WanConfig, dtype: jnp.dtype, vae_dtype: jnp.dtype = jnp.float32
+) -> dict[str, int]:
+    """{network: bytes of its weights on a device} of a checkpoint; dtypes as abstract_part()'s."""
     return {
         part: sum(
             leaf.size * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(abstract_part(getattr(config, part), dtype))
+            for leaf in jax.tree.leaves(abstract_part(getattr(config, part), dtype, vae_dtype))
         )
         for part in config.dit.parts
     }
 
 
-def abstract_part(config: PartConfig, dtype: jnp.dtype) -> Any:
+def abstract_part(config: PartConfig, dtype: jnp.dtype, vae_dtype: jnp.dtype = jnp.float32) -> Any:
     """The network of this configuration with shapes in place of arrays.
 
-    dtype is the compute dtype asked for. The VAE is float32 in either mode, as in the reference.
+    dtype is the compute dtype asked for. The VAE has its own, and by default float32 in either
+    mode, as in the reference.
     """
     if isinstance(config, DiTConfig):
         return trees.abstract(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype))
@@ -110,7 +135,7 @@ def abstract_part(config: PartConfig, dtype: jnp.dtype) -> Any:
         # In float16, as in the original, its error is 1e-3; it would be 7e-3 in bfloat16.
         half = jnp.dtype("float16") if dtype == jnp.bfloat16 else dtype
         return trees.abstract(lambda: CLIP(config, rngs=nnx.Rngs(0), dtype=half))
-    return trees.abstract(lambda: VAE(config, rngs=nnx.Rngs(0)))
+    return trees.abstract(lambda: VAE(config, rngs=nnx.Rngs(0), dtype=vae_dtype))
 
 
 def part_table(config: PartConfig) -> Table:

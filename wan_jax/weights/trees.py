@@ -39,3 +39,8 @@ def fill_as(module: Module, arrays: Mapping[str, Any]) -> Module:
     """fill() with every array in the dtype of the leaf whose place it takes."""
     kinds = flatten(module)
     return fill(module, {k: jnp.asarray(arrays[k], leaf.dtype) for k, leaf in kinds.items()})
+
+
+def cast(module: Module, dtype: jnp.dtype) -> Module:
+    """The module with every leaf in another dtype, where it was."""
+    return jax.jit(lambda given: jax.tree.map(lambda leaf: leaf.astype(dtype), given))(module)

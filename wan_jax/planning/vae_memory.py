@@ -1,0 +1,227 @@
+"""What the VAE needs of a device's memory by formula, and in how many tiles it fits a limit.
+
+A run and --plan go by the same numbers. Nothing is measured: a limit is met as well as they are.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from wan_jax import vae, vae_tiles
+from wan_jax.columns import Columns
+from wan_jax.config import VAEConfig, WanConfig
+from wan_jax.plans import Plan
+from wan_jax.streaming import decode_chunk
+from wan_jax.vae_stages import RGB, decoder_parts, decoder_stages, encoder_parts, encoder_stages
+from wan_jax.vae_tiles import Tiles
+from wan_jax.weights import sources
+
+Kind = Literal["encode", "decode"]
+# Arrays as large as a chunk of frames at the finest scale that the VAE has at once, its state
+# apart: a convolution's input behind its past, the result, the block's input, and what norms make.
+_ARRAYS = 5
+_F32 = 4  # bytes
+# Of the released decoder at 720P what the CPU's compiler needs is 1 to 4% more than the formula.
+_MARGIN = 1.05
+_UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}
+
+
+class Tiling(NamedTuple):
+    """How much of a video is run at a time: tiles of the width, latent frames of a chunk."""
+
+    tiles: int
+    chunk: int
+
+
+class Coding(NamedTuple):
+    """One direction of the VAE on a device.
+
+    latent_shape: [t, h, w, c]. batch: videos at once. dtype: of the VAE's weights. devices: that
+    have columns of the video each.
+    """
+
+    kind: Kind
+    config: VAEConfig
+    latent_shape: tuple[int, ...]
+    batch: int = 1
+    dtype: str = "float32"
+    devices: int = 1
+
+    @property
+    def usual(self) -> Tiling:
+        """How it is run where memory is no concern."""
+        count = self.latent_shape[0]
+        return Tiling(1, decode_chunk(count) if self.kind == "decode" and count > 1 else 1)
+
+    def tilings(self) -> Iterator[Tiling]:
+        """All that there are, those first that take the least time."""
+        width, chunk = self.latent_shape[2], self.usual.chunk
+        shares = dict.fromkeys(-(-width // n) for n in range(1, width + 1))
+        counts = [-(-width // share) for share in shares] if self.devices == 1 else [1]
+        for tiles in counts:
+            for size in dict.fromkeys((chunk, 1)):
+                yield Tiling(tiles, size)
+
+    def frames(self, tiling: Tiling) -> int:
+        """Frames of a chunk."""
+        return 1 if self.latent_shape[0] == 1 else tiling.chunk * self.config.temporal_stride
+
+    def tiles(self, tiling: Tiling) -> Tiles:
+        """The tiles of the width."""
+        make = vae_tiles.encoder_tiles if self.kind == "encode" else vae_tiles.decoder_tiles
+        return make(self.config, self.latent_shape[2], tiling.tiles)
+
+    def working_bytes(self, tiling: Tiling) -> int:
+        """Bytes on a device beside the weights."""
+        if tiling.tiles > 1:
+            return self.batch * self._in_tiles(tiling)
+        columns = Columns(self.latent_shape[2], self.devices)
+        kept = _bytes(self._state(columns.width, columns))
+        # The past of a convolution is two frames, and a column of each neighbour.
+        arrays = _ARRAYS * self._pixels(tiling, columns.share)
+        whole = self._frame_bytes(tiling, columns.share * columns.devices)
+        return self.batch * (kept + arrays + whole)
+
+    def _in_tiles(self, tiling: Tiling) -> int:
+        """Of one video: while a tile runs or, if that is more, while what is whole does."""
+        _, h, w, _ = self.latent_shape
+        tiles, size, frames = self.tiles(tiling), self._itemsize, self.frames(tiling)
+        parts = encoder_parts if self.kind == "encode" else decoder_parts
+        (coarse, _), (_, fine) = parts(self._state(w)), parts(self._state(tiles.window))
+        if self.kind == "encode":
+            stage = encoder_stages(self.config)[-1]
+            between = tiling.chunk * h * w * stage.d_in * size
+        else:
+            stage = decoder_stages(self.config)[0]
+            up = 2 if stage.resample else 1
+            count = min(frames, 2 * tiling.chunk) if stage.temporal else tiling.chunk
+            between = count * (up * h) * (up * w) * (stage.d_out // up) * size
+        meanwhile = _bytes(coarse) + between + self._frame_bytes(tiling, w)
+        tile = _bytes(fine) + _ARRAYS * self._pixels(tiling, tiles.window)
+        return meanwhile + max(tile, _ARRAYS * between)
+
+    @property
+    def _itemsize(self) -> int:
+        return int(jnp.dtype(self.dtype).itemsize)
+
+    def _pixels(self, tiling: Tiling, columns: int) -> int:
+        """Bytes of a convolution's input at the finest scale of so many latent columns."""
+        side, h = self.config.spatial_stride, self.latent_shape[1]
+        pixels = (self.frames(tiling) + 2) * h * side * (columns * side + 2)
+        return pixels * self.config.base_dim * self.config.dim_mult[0] * self._itemsize
+
+    def _frame_bytes(self, tiling: Tiling, columns: int) -> int:
+        side, h = self.config.spatial_stride, self.latent_shape[1]
+        return self.frames(tiling) * h * side * columns * side * RGB * _F32
+
+    def _state(self, width: int, columns: Columns | None = None) -> vae.State:
+        make = vae.encoder_state if self.kind == "encode" else vae.decoder_state
+        height, dtype = self.latent_shape[1], jnp.dtype(self.dtype)
+        own = functools.partial(make, self.config, 1, height=height, width=width, dtype=dtype)
+        return jax.eval_shape(functools.partial(own, columns=columns))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+class Room(NamedTuple):
+    """What of its devices the VAE is given.
+
+    memory: bytes of a device that may be used; None is no limit. weights: those that networks take
+    of them meanwhile. dtype: of the VAE's weights. devices: that share a video.
+    """
+
+    memory: int | None = None
+    weights: int = 0
+    dtype: str = "float32"
+    devices: int = 1
+
+    def tiling(
+        self, kind: Kind, config: VAEConfig, latent_shape: tuple[int, ...], batch: int = 1
+    ) -> Tiling:
+        """The first tiling that fits; ValueError naming the least memory that would do."""
+        coding = self.coding(kind, config, latent_shape, batch)
+        found = self.best(coding)
+        needed = self._needed(coding, found)
+        if self.memory is not None and needed > self.memory:
+            raise ValueError(_refusal(coding, self.memory, needed, self.weights))
+        return found
+
+    def check(self, config: WanConfig, latent_shape: tuple[int, ...], *, batch: int = 1) -> None:
+        """Raise ValueError, as tiling() does, unless such videos can be made."""
+        if config.images:
+            self.tiling("encode", config.vae, latent_shape)
+        self.tiling("decode", config.vae, latent_shape, batch)
+
+    def coding(
+        self, kind: Kind, config: VAEConfig, latent_shape: tuple[int, ...], batch: int = 1
+    ) -> Coding:
+        """What is done in it."""
+        return Coding(kind, config, latent_shape, batch, self.dtype, self.devices)
+
+    def best(self, coding: Coding) -> Tiling:
+        """The first tiling that fits or, if there is none, the one that needs least."""
+        if self.memory is None:
+            return coding.usual
+        found = list(coding.tilings())
+        fits = (tiling for tiling in found if self._needed(coding, tiling) <= self.memory)
+        return next(fits, None) or min(found, key=coding.working_bytes)
+
+    def _needed(self, coding: Coding, tiling: Tiling) -> int:
+        return self.weights + int(coding.working_bytes(tiling) * _MARGIN)
+
+
+def _refusal(coding: Coding, memory: int, needed: int, weights: int) -> str:
+    t, h, w, _ = coding.latent_shape
+    config = coding.config
+    size = f"{w * config.spatial_stride}x{h * config.spatial_stride}"
+    frames = 1 + (t - 1) * config.temporal_stride
+    return (
+        f"max_memory is {_text(memory)}; to {coding.kind} {frames} frames of {size} takes at "
+        f"least {_text(needed)}, {_text(weights)} of it weights"
+    )
+
+
+def room(
+    memory: int | str | None,
+    config: WanConfig,
+    *,
+    dtype: str,
+    vae_dtype: str = "float32",
+    offload: bool = False,
+    text_on_cpu: bool = False,
+    plan: Plan | None = None,
+) -> Room:
+    """What load(max_memory=memory) and its other arguments give the VAE.
+
+    Raises ValueError for a memory that is none.
+    """
+    plan = plan or Plan()
+    sizes = sources.sizes(config, jnp.dtype(dtype), jnp.dtype(vae_dtype))
+    there = ["vae"] if offload else [n for n in sizes if not (n == "umt5" and text_on_cpu)]
+    weights = sum(sizes[n] // (plan.devices if n in plan.split else 1) for n in there)
+    limit = None if memory is None else parse_memory(memory)
+    return Room(limit, weights, vae_dtype, plan.devices // plan.batch)
+
+
+def parse_memory(value: int | str) -> int:
+    """Bytes of a number of them, or of a text such as 6GB or 6.5GiB."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([MGT]i?B)\s*", str(value))
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size == 0:
+        raise ValueError(f"max_memory is {value!r}; a size such as 6GB, 6.5GiB or 900MB is needed")
+    return size
+
+
+def _text(size: int) -> str:
+    """Rounded up, so that what is named as enough is enough."""
+    unit = "GB" if size >= 10**9 else "MB"
+    return f"{math.ceil(100 * size / _UNITS[unit]) / 100:.10g}{unit}"
