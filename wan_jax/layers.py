@@ -46,7 +46,7 @@ def lookup(table: Array, index: Array) -> Array:
 
     Its gradient is a product with ones and zeros. Adding rows up one by one, as JAX's own does,
     makes the threads of a GPU wait for each other wherever texts repeat a token, as padding does:
-    118 of 157 ms of a training step on an H200.
+    with all tokens alike 118 of the 157 ms of a step of the miniature on an H200.
     """
     return jnp.take(table, index, axis=0)
 
