@@ -57,7 +57,7 @@ def attention(
     """
     name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation)
     if name == "cudnn":
-        return jax.nn.dot_product_attention(q_bsnk, k_bsnk, v_bsnk, implementation="cudnn")
+        return _cudnn(q_bsnk, k_bsnk, v_bsnk)
     if name == "splash":
         return _splash(q_bsnk, k_bsnk, v_bsnk, weigh=False)[0]
     return _chunked(q_bsnk, k_bsnk, v_bsnk)[0]
@@ -151,6 +151,16 @@ def _check_cudnn(q: Array) -> None:
         raise ValueError(f"implementation 'cudnn' needs an NVIDIA GPU, this is {platform}")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"implementation 'cudnn' needs bfloat16 or float16, got {q.dtype}")
+
+
+def _cudnn(q: Array, k: Array, v: Array) -> Array:
+    """cuDNN's, with a row more where a length is odd: of odd lengths JAX refuses the gradient."""
+    (b, s, *_), keys, lengths = q.shape, k.shape[1], {}
+    if s % 2 or keys % 2:
+        of = {"query_seq_lengths": s, "key_value_seq_lengths": keys}
+        lengths = {name: jnp.full((b,), length, jnp.int32) for name, length in of.items()}
+        q, k, v = (_pad(x, 1, 2) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")[:, :s]
 
 
 def _cudnn_with_weight(

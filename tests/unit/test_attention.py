@@ -235,3 +235,25 @@ def test_mixed_dtypes_are_named() -> None:
     q, k, v = draw(4, 4)
     with pytest.raises(ValueError, match="float32, bfloat16, float32; need one"):
         attention(q, k.astype(jnp.bfloat16), v)
+
+
+@pytest.mark.parametrize("lengths", [(65, 65), (8, 65), (7, 4), (8, 6)])
+def test_cudnn_is_given_even_lengths(
+    lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX gives no gradient of its kernel for others: 257 image tokens could not be trained on."""
+    real, given = jax.nn.dot_product_attention, []
+
+    def without_a_gpu(q: jax.Array, k: jax.Array, v: jax.Array, **options: object) -> jax.Array:
+        given.append((q.shape[1], k.shape[1], len(options) > 1))
+        return real(q, k, v, **options | {"implementation": "xla"})
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", without_a_gpu)
+    operands = draw(*lengths)
+    out, back = jax.vjp(module._cudnn, *operands)
+    padded = [length + length % 2 for length in lengths]
+    assert given == [(*padded, padded != list(lengths))]
+    assert relative_l2(out, exact(*operands)) <= BOUNDS[jnp.float32]
+    _, wanted = jax.vjp(lambda *qkv: attention(*qkv, implementation="chunked"), *operands)
+    for one, other in zip(back(out), wanted(out)):
+        assert relative_l2(one, other) <= BOUNDS[jnp.float32]

@@ -27,7 +27,7 @@ DEFAULTS = Defaults(
     size=world.FRAME_SIZES[0],
     frames=world.FRAMES,
     steps=20,
-    guidance=4.0,
+    guidance=3.0,
     shift=5.0,  # what a caption says is decided at high noise
     negative_prompt=captions.NEGATIVE_PROMPT,
 )
