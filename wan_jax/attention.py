@@ -155,7 +155,8 @@ def _check_cudnn(q: Array) -> None:
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
     """cuDNN's, with a row more where a length is odd: of odd lengths JAX refuses the gradient."""
-    (b, s, *_), keys, lengths = q.shape, k.shape[1], {}
+    (b, s, *_), keys = q.shape, k.shape[1]
+    lengths: dict[str, Any] = {}
     if s % 2 or keys % 2:
         of = {"query_seq_lengths": s, "key_value_seq_lengths": keys}
         lengths = {name: jnp.full((b,), length, jnp.int32) for name, length in of.items()}
