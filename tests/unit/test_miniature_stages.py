@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from wan_jax import vae
+from wan_jax import sharding, vae
 from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
-from wan_jax.tokenizer import write_byte_tokenizer
+from wan_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 from wan_jax.training import loop, metrics
 from wan_jax.training.miniature import (
     autoencoder,
@@ -185,8 +186,6 @@ def test_latents_are_normalised_by_what_was_measured(out: Path) -> None:
 def test_batches_are_a_function_of_the_step(out: Path, small: pytest.MonkeyPatch) -> None:
     arrays, config = files.network(out, "vae")
     network = autoencoder.build(config, arrays, "bfloat16")
-    from wan_jax.tokenizer import load_tokenizer
-
     groups = pool.make_groups(network, images=2, clips=16, pairs=0.5, seed=1)
     made = pool.Pool(groups, load_tokenizer(out / "tokenizer"), images=2, batch_size=3, seed=5)
     one, again, other = made.batch(7), made.batch(7), made.batch(8)
@@ -194,8 +193,24 @@ def test_batches_are_a_function_of_the_step(out: Path, small: pytest.MonkeyPatch
     assert not np.array_equal(one.ids, other.ids)
     assert one.known.shape == (*one.latents.shape[:4], 20)
     assert one.views.shape == (3, 2, 32, 32, 3)
-    known = one.known[..., :4].astype(np.float32)  # the mask
+    known = np.asarray(one.known[..., :4], np.float32)  # the mask
     assert known[:, 0].all() and known[:, -1, ..., -1].all() and known[:, 1:-1].sum() == 0
+    latents = {row.tobytes() for group in groups for row in group.latents}
+    assert all(row.tobytes() in latents for row in np.asarray(one.latents))
+
+
+def test_devices_share_the_rows_of_a_batch(out: Path, small: pytest.MonkeyPatch) -> None:
+    arrays, config = files.network(out, "vae")
+    network = autoencoder.build(config, arrays, "bfloat16")
+    groups = pool.make_groups(network, images=1, clips=16, pairs=0.5, seed=1)
+    text = load_tokenizer(out / "tokenizer")
+    layout = sharding.make_layout(1, devices=jax.devices()[:4])
+    options = {"images": 1, "batch_size": 8, "seed": 5}
+    alone = pool.Pool(groups, text, **options)
+    shared = pool.Pool(groups, text, **options, layout=layout)
+    for one, other in zip(alone.batch(3), shared.batch(3), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert {shard.data.shape[0] for shard in other.addressable_shards} == {2}
 
 
 @pytest.mark.parametrize("pairs", [0.0, 1.0])
@@ -212,8 +227,6 @@ def test_stills_are_first_frames_with_their_captions(
     monkeypatch.setattr(networks, "TEXT_TOKENS", 256)  # bytes, not words
     arrays, config = files.network(out, "vae")
     network = autoencoder.build(config, arrays, "bfloat16")
-    from wan_jax.tokenizer import load_tokenizer
-
     text = load_tokenizer(out / "tokenizer")
     groups = pool.make_groups(network, images=0, clips=16, pairs=0.5, seed=1)
     made = pool.Pool(groups, text, images=0, batch_size=3, seed=5, stills=20)
@@ -224,7 +237,7 @@ def test_stills_are_first_frames_with_their_captions(
     shown = []
     for step in range(20):
         batch = made.batch(step)
-        for latents, ids, mask in zip(batch.latents, batch.ids, batch.mask, strict=True):
+        for latents, ids, mask in zip(*map(np.asarray, batch[:3]), strict=True):
             scene, length = scenes[latents.tobytes()], int(mask.sum())
             told = bytes((ids[: length - 1] - 3).tolist()).decode()  # tokens of bytes begin at 3
             shown.append(told)
@@ -278,8 +291,6 @@ def test_a_larger_network_begins_as_the_smaller_one(out: Path) -> None:
 def test_what_is_told_stands_at_the_colours(
     small: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from wan_jax.tokenizer import load_tokenizer
-
     monkeypatch.setattr(networks, "TEXT_TOKENS", 256)  # bytes, not words
     write_byte_tokenizer(tmp_path / "tokenizer", vocab_size=384)
     book = reader._book(tmp_path, READER._replace(scenes=20), 3)

@@ -2,7 +2,8 @@
 
 What costs time is the VAE, so a transformer sees every clip many times, each time with other noise
 and, mostly, another caption. First frames are encoded as stills are, and cost a ninth: they can be
-drawn alone.
+drawn alone. All clips lie on every device, as a step takes less time than its clips would on their
+way from the host.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import numpy as np
 
 from wan_jax import conditioning, fitting, tokenizer, vae, xla
 from wan_jax.config import VAEConfig
+from wan_jax.sharding import Layout
 from wan_jax.training.miniature import captions, networks, world
 from wan_jax.training.miniature.render import render
 from wan_jax.training.miniature.world import Scene
@@ -54,7 +56,8 @@ class Group:
 class Pool:
     """Clips to train a transformer on that takes so many images.
 
-    stills: how many steps see first frames only, of transformers that take no images.
+    stills: how many steps see first frames only, of transformers that take no images. layout: whose
+    devices share the rows of a batch; None is the first device.
     """
 
     def __init__(
@@ -66,9 +69,15 @@ class Pool:
         batch_size: int,
         seed: int,
         stills: int = 0,
+        layout: Layout | None = None,
     ) -> None:
-        self._groups, self._images, self._stills = groups, images, stills
+        self._images, self._stills = images, stills
         self._batch_size, self._seed = batch_size, seed
+        shares = np.array([_SHARES[group.scenes[0].size] for group in groups])
+        self._chances = shares / sum(shares)
+        self._place: Callable[[Any], Any] = jax.device_put if layout is None else layout.rows
+        whole: Callable[[Any], Any] = jax.device_put if layout is None else layout.whole
+        self._clips = [whole((group.latents, group.known, group.views)) for group in groups]
         rng = np.random.default_rng(seed)
         self._captions = [_captions(group.scenes, text, rng) for group in groups]
         # What generation is guided away from is shown with clips of all kinds, too: with spoiled
@@ -77,32 +86,17 @@ class Pool:
         self._nothing = tokenizer.tokenize(text, instead, length=networks.TEXT_TOKENS)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, a function of seed and step."""
+        """The batch of a step, a function of seed and step, on the devices."""
         rng = np.random.default_rng((self._seed, step))
-        chances = [_SHARES[group.scenes[0].size] for group in self._groups]
-        chosen = rng.choice(len(chances), p=np.array(chances) / sum(chances))
-        group = self._groups[chosen]
+        chosen = rng.choice(len(self._chances), p=self._chances)
+        told, clips = self._captions[chosen], self._clips[chosen]
         still = step < self._stills
         count = self._batch_size * (_STILLS if still else 1)
-        rows = rng.integers(len(group.scenes), size=count)
-        ids, mask = self._texts(self._captions[chosen], rows, rng)
-        if still:
-            return Batch(group.latents[rows, :1], ids, mask)
-        latents = group.latents[rows]
-        if group.known is None or group.views is None:
-            return Batch(latents, ids, mask)
-        _, frames, height, width, _ = latents.shape
-        known = conditioning.mask_bthwc(
-            1 + 4 * (frames - 1), height=height, width=width, last=self._images == 2
-        )
-        known = np.broadcast_to(known, (count, *known.shape[1:])).astype(latents.dtype)
-        return Batch(
-            latents,
-            ids,
-            mask,
-            np.concatenate([known, group.known[rows]], axis=-1),
-            group.views[rows],
-        )
+        rows = rng.integers(len(told[0]), size=count)
+        ids, mask = self._texts(told, rows, rng)
+        which, ids, mask = self._place((rows.astype(np.int32), ids, mask))
+        latents, known, views = _taken(clips, which, still=still, images=self._images)
+        return Batch(latents, ids, mask, known, views)
 
     def _texts(
         self, told: tuple[np.ndarray, np.ndarray], rows: np.ndarray, rng: np.random.Generator
@@ -112,6 +106,22 @@ class Pool:
         lost = rng.random((len(rows), 1)) < networks.TEXT_DROPOUT
         pairs = zip(self._nothing, told, strict=True)
         return tuple(np.where(lost, none[other], found[rows, which]) for none, found in pairs)
+
+
+@functools.partial(xla.jit, static_argnames=("still", "images"))
+def _taken(clips: Any, rows: Array, *, still: bool, images: int) -> tuple[Array | None, ...]:
+    """Latents, known and views of a Batch, each row where its number lies."""
+    latents, known, views = clips
+    if still:
+        return latents[rows, :1], None, None
+    latents = latents[rows]
+    if known is None:
+        return latents, None, None
+    _, frames, height, width, _ = latents.shape
+    last = images == 2
+    mask = conditioning.mask_bthwc(1 + 4 * (frames - 1), height=height, width=width, last=last)
+    mask = jnp.broadcast_to(mask.astype(latents.dtype), (len(rows), *mask.shape[1:]))
+    return latents, jnp.concatenate([mask, known[rows]], axis=-1), views[rows]
 
 
 def _captions(

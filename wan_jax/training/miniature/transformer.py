@@ -113,10 +113,10 @@ class _Training:
 
         seed: of its own, as each draws other clips. begun: whether another phase made the weights.
         """
-        # Drawn only if there are steps to do.
-        pool = functools.cache(functools.partial(self._pool, phase, seed))
         devices, rows = jax.devices(), self.recipe.batch_size
         layout = sharding.make_layout(1, devices=devices[: math.gcd(len(devices), rows)])
+        # Drawn only if there are steps to do.
+        pool = functools.cache(functools.partial(self._pool, phase, seed, layout))
         frozen = {name: files.network(self.out, name)[0] for name in self.recipe.frozen}
         steps = phase.stills + phase.moving
         return running.run(
@@ -142,13 +142,12 @@ class _Training:
                 "before": {k: files.digest(v) for k, v in params.items()} if begun else {},
             },
             frozen=layout.whole(frozen) if frozen else None,
-            place=layout.rows,
             layout=layout,
             on_report=self.tell,
             stop=self.stop,
         )
 
-    def _pool(self, phase: Phase, seed: int) -> Pool:
+    def _pool(self, phase: Phase, seed: int, layout: sharding.Layout) -> Pool:
         """The clips of a phase, drawn and encoded."""
         text = load_tokenizer(files.tokenizer(self.out))
         images, clips = networks.DITS[self.stage].images, self.recipe.clips
@@ -174,6 +173,7 @@ class _Training:
             batch_size=self.recipe.batch_size,
             seed=seed,
             stills=phase.stills,
+            layout=layout,
         )
 
 
