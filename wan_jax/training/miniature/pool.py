@@ -120,8 +120,8 @@ def _taken(clips: Any, rows: Array, *, still: bool, images: int) -> tuple[Array 
     _, frames, height, width, _ = latents.shape
     last = images == 2
     mask = conditioning.mask_bthwc(1 + 4 * (frames - 1), height=height, width=width, last=last)
-    mask = jnp.broadcast_to(mask.astype(latents.dtype), (len(rows), *mask.shape[1:]))
-    return latents, jnp.concatenate([mask, known[rows]], axis=-1), views[rows]
+    masks = jnp.broadcast_to(mask.astype(latents.dtype), (len(rows), *mask.shape[1:]))
+    return latents, jnp.concatenate([masks, known[rows]], axis=-1), views[rows]
 
 
 def _captions(
