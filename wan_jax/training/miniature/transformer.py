@@ -61,8 +61,8 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "t2v": Recipe((Phase("texts", 3000, 20_000, 3e-3, 0.6),), 32_768, 256, ("umt5",), ()),
-    "i2v": Recipe((Phase("images", 0, 4000, 7e-4, 0.4),), 16_384, 256, ("clip",), ("umt5",)),
-    "flf2v": Recipe((Phase("images", 0, 3000, 7e-4, 0.4),), 16_384, 256, (), ("umt5", "clip")),
+    "i2v": Recipe((Phase("images", 0, 6000, 1e-3, 0.4),), 16_384, 256, ("clip",), ("umt5",)),
+    "flf2v": Recipe((Phase("images", 0, 4000, 1e-3, 0.4),), 16_384, 256, (), ("umt5", "clip")),
 }
 # Whose weights a stage begins from.
 _BEFORE = {"t2v": ("reader",), "i2v": ("t2v",), "flf2v": ("i2v",)}
