@@ -1,4 +1,4 @@
-"""A LoRA for the miniature that comes with the package: minutes on a GPU, half an hour on a laptop.
+"""A LoRA for the miniature that comes with the package: half an hour on two cores.
 
     python -m wan_jax.training.miniature --stages examples --out DIR
     python -m wan_jax.training --config configs/train_lora_mini.py --data DIR/lime --out DIR/lora

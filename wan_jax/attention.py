@@ -154,14 +154,32 @@ def _check_cudnn(q: Array) -> None:
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
-    """cuDNN's, with a row more where a length is odd: of odd lengths JAX refuses the gradient."""
+    return (_cudnn_odd if q.shape[1] % 2 or k.shape[1] % 2 else _cudnn_even)(q, k, v)
+
+
+def _cudnn_even(q: Array, k: Array, v: Array, **lengths: Any) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")
+
+
+@jax.custom_vjp
+def _cudnn_odd(q: Array, k: Array, v: Array) -> Array:
+    """The same; with a gradient, a row more and masked, as JAX takes all for attention with a bias.
+
+    Of that cuDNN has no gradient for odd lengths, such as 257 image tokens.
+    """
+    return _cudnn_even(q, k, v)
+
+
+def _cudnn_padded(q: Array, k: Array, v: Array) -> Array:
     (b, s, *_), keys = q.shape, k.shape[1]
-    lengths: dict[str, Any] = {}
-    if s % 2 or keys % 2:
-        of = {"query_seq_lengths": s, "key_value_seq_lengths": keys}
-        lengths = {name: jnp.full((b,), length, jnp.int32) for name, length in of.items()}
-        q, k, v = (_pad(x, 1, 2) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")[:, :s]
+    lengths = {"query_seq_lengths": s, "key_value_seq_lengths": keys}
+    real = {name: jnp.full((b,), length, jnp.int32) for name, length in lengths.items()}
+    return _cudnn_even(*(_pad(x, 1, 2) for x in (q, k, v)), **real)[:, :s]
+
+
+_cudnn_odd.defvjp(
+    lambda q, k, v: jax.vjp(_cudnn_padded, q, k, v), lambda back, out_cotangent: back(out_cotangent)
+)
 
 
 def _cudnn_with_weight(

@@ -344,7 +344,8 @@ FLF2V_14B = WanConfig(
     defaults=Defaults(shift=16.0, negative_prompt=FLF2V_NEGATIVE_PROMPT),
 )
 
-# A few layers of everything: what the first command runs on a laptop and what tests are built from.
+# A few layers of everything: what tests are built from, and what run_i2v.py runs until the
+# miniature is trained on images.
 NANO_T2V = WanConfig(
     dit=DiTConfig(dim=96, ffn_dim=256, num_heads=2, num_layers=3, text_dim=64),
     vae=VAEConfig(base_dim=16),
