@@ -78,11 +78,11 @@ def load(
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"; any of these folders on gs://. What is not converted is,
     once, into cache_dir. "mini-t2v", "mini-i2v" and "mini-flf2v" are the trained miniature that
     comes with the package, as far as it is trained, and None the first of these; "nano-t2v",
-    "nano-i2v" and "nano-flf2v" make small checkpoints of random weights. lora: what is
-    added to the DiT: a .safetensors file, "file:scale", (file, scale), or a list of these; the scale is 1 if not given. dtype:
-    "bfloat16", or "float32" to compare number by number. offload: each stage's weights leave the
-    device when it is done. text_on_cpu: UMT5 runs on the host. plan: how a video is spread
-    over devices (plans.choose); None is the first device. vae_dtype: of the VAE's weights.
+    "nano-i2v" and "nano-flf2v" make small checkpoints of random weights. lora: what is added to the
+    DiT: a .safetensors file, "file:scale", (file, scale), or a list of these; the scale is 1 if not
+    given. dtype: "bfloat16", or "float32" to compare number by number. offload: each stage's
+    weights leave the device when it is done. text_on_cpu: UMT5 runs on the host. plan: how a
+    video is spread over devices (plans.choose); None is the first device. vae_dtype: of the VAE's weights.
     max_memory: bytes of a device, or such as "6GB", in which the VAE runs, if need be in tiles.
     callback: told the progress; notify: told in a sentence what takes long.
     Raises ValueError naming what is wrong with the files or an argument.
