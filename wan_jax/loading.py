@@ -82,9 +82,9 @@ def load(
     DiT: a .safetensors file, "file:scale", (file, scale), or a list of these; the scale is 1 if not
     given. dtype: "bfloat16", or "float32" to compare number by number. offload: each stage's
     weights leave the device when it is done. text_on_cpu: UMT5 runs on the host. plan: how a
-    video is spread over devices (plans.choose); None is the first device. vae_dtype: of the VAE's weights.
-    max_memory: bytes of a device, or such as "6GB", in which the VAE runs, if need be in tiles.
-    callback: told the progress; notify: told in a sentence what takes long.
+    video is spread over devices (plans.choose); None is the first device. vae_dtype: of
+    the VAE's weights. max_memory: bytes of a device, or such as "6GB", in which the VAE runs, if
+    need be in tiles. callback: told the progress; notify: told in a sentence what takes long.
     Raises ValueError naming what is wrong with the files or an argument.
     """
     _check_arguments(dtype=dtype, vae_dtype=vae_dtype)
