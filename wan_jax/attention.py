@@ -154,27 +154,30 @@ def _check_cudnn(q: Array) -> None:
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
-    return (_cudnn_odd if q.shape[1] % 2 or k.shape[1] % 2 else _cudnn_even)(q, k, v)
+    odd = q.shape[1] % 2 or k.shape[1] % 2
+    return (_cudnn_odd if odd else _cudnn_kernel)(q, k, v)
 
 
-def _cudnn_even(q: Array, k: Array, v: Array, **lengths: Any) -> Array:
+def _cudnn_kernel(q: Array, k: Array, v: Array, **lengths: Any) -> Array:
     return jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")
 
 
 @jax.custom_vjp
 def _cudnn_odd(q: Array, k: Array, v: Array) -> Array:
-    """The same; with a gradient, a row more and masked, as JAX takes all for attention with a bias.
+    """The kernel for odd lengths, such as 257 image tokens; for a gradient that of _cudnn_padded().
 
-    Of that cuDNN has no gradient for odd lengths, such as 257 image tokens.
+    JAX refuses the gradient of odd lengths: it takes every call for one with a bias, of which
+    cuDNN has none.
     """
-    return _cudnn_even(q, k, v)
+    return _cudnn_kernel(q, k, v)
 
 
 def _cudnn_padded(q: Array, k: Array, v: Array) -> Array:
+    """The kernel over a row more where a length is odd, which is masked."""
     (b, s, *_), keys = q.shape, k.shape[1]
     lengths = {"query_seq_lengths": s, "key_value_seq_lengths": keys}
     real = {name: jnp.full((b,), length, jnp.int32) for name, length in lengths.items()}
-    return _cudnn_even(*(_pad(x, 1, 2) for x in (q, k, v)), **real)[:, :s]
+    return _cudnn_kernel(*(_pad(x, 1, 2) for x in (q, k, v)), **real)[:, :s]
 
 
 _cudnn_odd.defvjp(

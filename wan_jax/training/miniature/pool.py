@@ -2,8 +2,7 @@
 
 What costs time is the VAE, so a transformer sees every clip many times, each time with other noise
 and, mostly, another caption. First frames are encoded as stills are, and cost a ninth: they can be
-drawn alone. All clips lie on every device, as a step takes less time than its clips would on their
-way from the host.
+drawn alone. All clips lie on every device, so that no step waits for its own from the host.
 """
 
 import dataclasses
