@@ -1,23 +1,24 @@
 """softmax(q k^T / sqrt(k)) v, by the fastest kernel that the platform has.
 
 Callers pass arrays of the true length. Whatever a kernel wants in multiples is padded and cut here,
-and a padded row never reaches a softmax.
+and a padded row never reaches a softmax, but of 8 bits with a weight that is told in fp8.py.
 """
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wan_jax import xla
+from wan_jax import fp8, xla
 from wan_jax.layers import precision_of
 
 Array = jax.Array
-IMPLEMENTATIONS = ("cudnn", "splash", "chunked")
+WHOLE = ("cudnn", "splash", "chunked")  # those that partial_attention() has, too
+IMPLEMENTATIONS = (*WHOLE, "cudnn_fp8", "chunked_fp8")
 
 # Scores held at once by the chunked form: 2^24 float32 values are 64 MiB.
 _CHUNK_ELEMENTS = 2**24
@@ -47,20 +48,29 @@ _ROWS = 16  # of the smallest bfloat16 tile that the hardware has
 
 
 def attention(
-    q_bsnk: Array, k_bsnk: Array, v_bsnk: Array, *, implementation: str | None = None
+    q_bsnk: Array,
+    k_bsnk: Array,
+    v_bsnk: Array,
+    *,
+    implementation: str | None = None,
+    in_fp8: bool = False,
 ) -> Array:
     """Dense attention of q [b, s, n, k] over k and v [b, s', n, k], in the dtype of q.
 
     implementation: None picks cuDNN on NVIDIA for 16 bits and the Pallas flash kernel ("splash") on
     TPU for bfloat16, and the memory-bounded "chunked" form for all else. A named one
-    runs or raises: ValueError for an unknown name or operands it does not take.
+    runs or raises: ValueError for an unknown name or operands it does not take. in_fp8: where none
+    is named, both products multiply 8 bits: "cudnn_fp8" on NVIDIA, as far as the heads' width fits
+    it, and "chunked_fp8", which rounds as it does, elsewhere.
     """
-    name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation)
+    name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation, in_fp8=in_fp8)
     if name == "cudnn":
         return _cudnn(q_bsnk, k_bsnk, v_bsnk)
     if name == "splash":
         return _splash(q_bsnk, k_bsnk, v_bsnk, weigh=False)[0]
-    return _chunked(q_bsnk, k_bsnk, v_bsnk)[0]
+    if name == "chunked":
+        return _chunked(q_bsnk, k_bsnk, v_bsnk)[0]
+    return _fp8(q_bsnk, k_bsnk, v_bsnk, fp8.cudnn_attention if name == "cudnn_fp8" else _fp8_chunks)
 
 
 def partial_attention(
@@ -76,7 +86,7 @@ def partial_attention(
     count: so many keys are real and the rest are not attended to; None is all of them. It may be 0.
     The weight, float32 [b, s, n], is the logarithm of the sum of the keys' exponentials.
     """
-    name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation)
+    name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation, known=WHOLE)
     run = {"cudnn": _cudnn_with_weight, "splash": _splash, "chunked": _chunked}[name]
     out, weight = run(q_bsnk, k_bsnk, v_bsnk, count=count)
     if count is None:
@@ -110,7 +120,15 @@ def merge(parts: Iterable[tuple[Array, Array]]) -> Array:
     return total.astype(first[0].dtype)
 
 
-def _checked(q_bsnk: Array, k_bsnk: Array, v_bsnk: Array, implementation: str | None) -> str:
+def _checked(
+    q_bsnk: Array,
+    k_bsnk: Array,
+    v_bsnk: Array,
+    implementation: str | None,
+    *,
+    known: tuple[str, ...] = IMPLEMENTATIONS,
+    in_fp8: bool = False,
+) -> str:
     """The implementation to run; ValueError if it cannot."""
     shapes = q_bsnk.shape, k_bsnk.shape, v_bsnk.shape
     (b, _, n, d), (bk, s, nk, dk), _ = shapes
@@ -118,11 +136,11 @@ def _checked(q_bsnk: Array, k_bsnk: Array, v_bsnk: Array, implementation: str | 
         raise ValueError(f"q, k, v of shapes {shapes} do not fit; [b, s, n, k] is needed")
     if not q_bsnk.dtype == k_bsnk.dtype == v_bsnk.dtype:
         raise ValueError(f"q, k, v are {q_bsnk.dtype}, {k_bsnk.dtype}, {v_bsnk.dtype}; need one")
-    name = implementation or _pick(q_bsnk)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {name!r}; one of {IMPLEMENTATIONS} is needed")
-    if name == "cudnn":
-        _check_cudnn(q_bsnk)
+    name = implementation or _pick(q_bsnk, in_fp8=in_fp8)
+    if name not in known:
+        raise ValueError(f"implementation is {name!r}; one of {known} is needed")
+    if name.startswith("cudnn"):
+        _check_cudnn(q_bsnk, name)
     if name == "splash" and q_bsnk.dtype == jnp.float16:
         raise ValueError("implementation 'splash' is given float16, which Mosaic does not load")
     return name
@@ -133,11 +151,14 @@ def is_attention(primitive: Any, *_: Any, **__: Any) -> bool:
     return str(primitive.name).startswith("dot_product_attention_fwd")
 
 
-def _pick(q: Array) -> str:
+def _pick(q: Array, *, in_fp8: bool) -> str:
+    platform = xla.traced_for().platform
+    if in_fp8 and (platform != "gpu" or _fits_fp8(q)):
+        return "cudnn_fp8" if platform == "gpu" else "chunked_fp8"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return "chunked"
     tpu_kernel = "splash" if q.dtype == jnp.bfloat16 else "chunked"
-    return {"gpu": _gpu_kernel(q), "tpu": tpu_kernel}.get(xla.traced_for().platform, "chunked")
+    return {"gpu": _gpu_kernel(q), "tpu": tpu_kernel}.get(platform, "chunked")
 
 
 def _gpu_kernel(q: Array) -> str:
@@ -145,12 +166,21 @@ def _gpu_kernel(q: Array) -> str:
     return "cudnn" if fits and "NVIDIA" in xla.traced_for().kind.upper() else "chunked"
 
 
-def _check_cudnn(q: Array) -> None:
+def _fits_fp8(q: Array) -> bool:
+    return q.shape[-1] % 16 == 0 and q.shape[-1] <= 128
+
+
+def _check_cudnn(q: Array, name: str) -> None:
     platform = xla.traced_for().platform
     if platform != "gpu":
-        raise ValueError(f"implementation 'cudnn' needs an NVIDIA GPU, this is {platform}")
+        raise ValueError(f"implementation {name!r} needs an NVIDIA GPU, this is {platform}")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"implementation 'cudnn' needs bfloat16 or float16, got {q.dtype}")
+        raise ValueError(f"implementation {name!r} needs bfloat16 or float16, got {q.dtype}")
+    if name == "cudnn_fp8" and not _fits_fp8(q):
+        raise ValueError(
+            f"implementation {name!r} has heads of width {q.shape[-1]}; a multiple of 16, at most "
+            "128, is needed"
+        )
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
@@ -266,10 +296,32 @@ def _splash(
     return out.swapaxes(1, 2)[:, :s, :, :d], weight
 
 
+def _fp8(q: Array, k: Array, v: Array, run: Callable[[fp8.Operands], Array]) -> Array:
+    """Attention of 8 bits by what gives it in the scale of v."""
+    operands = fp8.attention_operands(q, k, v)
+    return operands.restored(run(operands)[:, : q.shape[1]], q.dtype)
+
+
+def _fp8_chunks(operands: fp8.Operands) -> Array:
+    """What fp8.cudnn_attention() gives, rounded where it rounds, by products of float32."""
+    q, k, v = (x.widened(jnp.float32) for x in operands[:3])
+    out, _ = _chunked(q, k, v, rounded=fp8.attention_weights)
+    return fp8.saturated(out / operands.v.scale)
+
+
 def _chunked(
-    q: Array, k: Array, v: Array, *, count: Array | int | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    count: Array | int | None = None,
+    rounded: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Online softmax over blocks of keys for blocks of queries, in plain XLA."""
+    """Online softmax over blocks of keys for blocks of queries, in plain XLA.
+
+    rounded: what happens to the softmax's weights before they are multiplied with v; by default
+    they take its dtype.
+    """
     (b, s, n, d), keys = q.shape, k.shape[1]
     block_k = min(_CHUNK_KEYS, keys)
     block_q = max(1, min(s, _CHUNK_ELEMENTS // (b * n * block_k)))
@@ -293,7 +345,8 @@ def _chunked(
             scores = jnp.where(real, scores, -jnp.inf)
             top = jnp.maximum(best, jnp.max(scores, -1, keepdims=True))
             weights, fade = jnp.exp(scores - top), jnp.exp(best - top)
-            out = out * fade + product("bnst,bntk->bnsk", weights.astype(v.dtype), v_bntk)
+            narrow = weights.astype(v.dtype) if rounded is None else rounded(weights)
+            out = out * fade + product("bnst,bntk->bnsk", narrow, v_bntk)
             return (top, total * fade + jnp.sum(weights, -1, keepdims=True), out), None
 
         rows = (*q_bnsk.shape[:3], 1)

@@ -20,6 +20,7 @@ from wan_jax.pipeline import Progress
 from wan_jax.planning.vae_memory import parse_memory
 from wan_jax.sampler import DivergedError
 from wan_jax.schedulers import SOLVERS
+from wan_jax.weights.quantization import KINDS
 
 _WORDS = dict.fromkeys(("true", "yes", "t", "y", "1"), True)
 _WORDS |= dict.fromkeys(("false", "no", "f", "n", "0"), False)
@@ -125,6 +126,8 @@ def _define_memory(values: flags.FlagValues) -> None:
     flags.DEFINE(words, "offload_model", True, text, flag_values=values)
     flags.DEFINE_bool("t5_cpu", False, "Run the text encoder on the CPU.", flag_values=values)
     choice("dtype", "bfloat16", loading.DTYPES, "float32 is for comparing numbers.")
+    text = "8 bits: fp8 in the DiT's large products and self-attention, or in the products alone."
+    choice("quantize", None, KINDS, text)
     text = "Of the VAE; bfloat16 takes half its memory, and frames differ a little."
     choice("vae_dtype", "float32", loading.DTYPES, text)
     text = "What may be used of a device, such as 6GB or 6GiB: the VAE runs in tiles that fit."

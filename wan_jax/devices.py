@@ -89,7 +89,7 @@ def choose(
             ring=values.ring_size if said else None,
             dit_fsdp=values.dit_fsdp,
             t5_fsdp=values.t5_fsdp,
-            weights=sources.sizes(config, jnp.dtype(values.dtype)),
+            weights=sources.sizes(config, jnp.dtype(values.dtype), kind=values.quantize),
             memory=memory,
         )
     except ValueError as error:

@@ -129,7 +129,11 @@ class DiT(nnx.Module):
     """Weights of the transformer; the stack's leaves have a leading layer axis.
 
     dtype is that of the kernels outside the float32 islands: bfloat16, or float32 for parity.
+    fp8_attention: whether the video's tokens attend to each other in 8 bits, which
+    weights/quantization.py sets.
     """
+
+    fp8_attention = False
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         d, f32 = config.dim, jnp.float32
@@ -236,7 +240,9 @@ class DiT(nnx.Module):
         """
         stack = self.layers
         among = functools.partial(
-            attention if share is None else share.attention, implementation=implementation
+            attention if share is None else share.attention,
+            implementation=implementation,
+            in_fp8=self.fp8_attention,
         )
         if layers is not None:
             stack, cond = jax.tree.map(lambda x: x[layers], (stack, cond))

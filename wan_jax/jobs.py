@@ -19,7 +19,7 @@ from wan_jax.config import WanConfig
 from wan_jax.outputs import Job
 from wan_jax.prompts import FLAG_OF, Entry, entries, parse_size
 from wan_jax.request import Request, make_request
-from wan_jax.weights import adapters, folders, remote
+from wan_jax.weights import adapters, folders, quantization, remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +220,10 @@ def _check_unsupported(values: flags.FlagValues) -> None:
         size = getattr(values, name)
         if size < 1:
             raise ValueError(f"--{name} is {size}; 1 or more is needed")
+    try:
+        quantization.check_kind(values.quantize, values.dtype)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
     if values.use_prompt_extend:
         raise ValueError(
             "--use_prompt_extend is not supported so far; give the long prompt as --prompt"
@@ -322,6 +326,7 @@ def _jobs(
         "solver": request.schedule.solver,
         "dtype": values.dtype,
         "vae_dtype": values.vae_dtype,
+        "quantize": values.quantize,
         "noise_sha256": digest,
         "seed": None if given is not None else seed,
         **found,

@@ -23,6 +23,7 @@ from wan_jax.plans import Plan
 from wan_jax.sharding import Layout
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.weights import adapters, checkpoint, dit, folders, miniature, remote, trees
+from wan_jax.weights.quantization import check_device, check_kind, with_quantized
 from wan_jax.weights.sources import Folder, open_folder
 
 DTYPES = ("bfloat16", "float32")
@@ -68,6 +69,7 @@ def load(
     plan: Plan | None = None,
     vae_dtype: str = "float32",
     max_memory: int | str | None = None,
+    quantize: str | None = None,
     callback: Callback | None = None,
     notify: Notify | None = None,
 ) -> Wan:
@@ -84,26 +86,27 @@ def load(
     weights leave the device when it is done. text_on_cpu: UMT5 runs on the host. plan: how a
     video is spread over devices (plans.choose); None is the first device. vae_dtype: of
     the VAE's weights. max_memory: bytes of a device, or such as "6GB", in which the VAE runs, if
-    need be in tiles. callback: told the progress; notify: told in a sentence what takes long.
+    need be in tiles. quantize: "fp8" lets the large products of the DiT's blocks and its
+    self-attention multiply 8 bits on a Hopper GPU, "fp8_linear" the products alone. callback: told
+    the progress; notify: told in a sentence what takes long.
     Raises ValueError naming what is wrong with the files or an argument.
     """
-    _check_arguments(dtype=dtype, vae_dtype=vae_dtype)
+    kinds: dict[str, Any] = {"dtype": dtype, "vae_dtype": vae_dtype, "quantize": quantize}
+    _check_kinds(**kinds, notify=notify)
     budget = None if max_memory is None else vae_memory.parse_memory(max_memory)
     wanted = adapters.chosen(lora)
     folder = prepare(
         path, lora=wanted, dtype=dtype, cache_dir=cache_dir, callback=callback, notify=notify
     )
-    config = checkpoint.read_config(folder)
-    loras = adapters.hashed(wanted)
+    config, loras = checkpoint.read_config(folder), adapters.hashed(wanted)
     layout, split = (None, ()) if plan is None else (plan.layout(), plan.split)
     place = functools.partial(_place, layout, split, text_on_cpu=text_on_cpu)
-    loaders = _loaders(folder, config, loras, dtype=dtype, vae_dtype=vae_dtype, place=place)
-    tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
+    loaders = _loaders(folder, config, loras, place=place, **kinds)
     digest = adapters.digest(checkpoint.read_manifest(folder)["digest"], loras)
-    room = functools.partial(vae_memory.room, budget, config, dtype=dtype, vae_dtype=vae_dtype)
+    room = functools.partial(vae_memory.room, budget, config, **kinds)
     wan = Wan(
         config,
-        tokenizer,
+        load_tokenizer(folder / checkpoint.TOKENIZER),
         loaders,
         dtype=dtype,
         offload=offload,
@@ -118,10 +121,14 @@ def load(
     return wan
 
 
-def _check_arguments(**dtypes: str) -> None:
-    for name, value in dtypes.items():
+def _check_kinds(
+    *, dtype: str, vae_dtype: str, quantize: str | None, notify: Notify | None
+) -> None:
+    for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
         if value not in DTYPES:
             raise ValueError(f"{name} is {value!r}; one of {DTYPES} is needed")
+    check_kind(quantize, dtype)
+    check_device(quantize, notify=notify)
 
 
 def _hold(wan: Wan, callback: Callback | None) -> None:
@@ -172,6 +179,7 @@ def _loaders(
     *,
     dtype: str,
     vae_dtype: str,
+    quantize: str | None,
     place: Callable[[str], Any],
 ) -> dict[str, Callable[[], Any]]:
     """{part: function that puts it where place(part) says} of a checkpoint."""
@@ -186,6 +194,8 @@ def _loaders(
         loaders["vae"] = lambda: trees.cast(load_vae(), jnp.dtype(vae_dtype))
     if loras:
         loaders["dit"] = adapters.with_loras(loaders["dit"], config.dit, loras)
+    if quantize is not None:
+        loaders["dit"] = with_quantized(loaders["dit"], quantize, place("dit"))
     return loaders
 
 

@@ -199,7 +199,7 @@ def _facts(whole: Path) -> dict[str, Any] | None:
 
 
 def _agrees(facts: dict[str, Any], job: Job, checkpoint: Checkpoint) -> bool:
-    facts = {"vae_dtype": "float32", **facts}  # earlier records do not tell
+    facts = {"vae_dtype": "float32", "quantize": None, **facts}  # earlier records do not tell
     if any(k not in facts or facts[k] != v for k, v in job.wanted.items()):
         return False
     if checkpoint.digest is not None:

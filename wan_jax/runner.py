@@ -32,6 +32,7 @@ from wan_jax.outputs import Job, record_path, target
 from wan_jax.pipeline import Progress
 from wan_jax.planning import vae_memory
 from wan_jax.sampler import Carry, DivergedError
+from wan_jax.weights import quantization
 
 Array = jax.Array
 _EVERY = 60.0  # seconds between states that are saved during the steps
@@ -47,6 +48,7 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
     if not plan.jobs:
         return
     devices.start(values)
+    _check_device(values)
     spread = devices.plan(values, plan.config, plan.jobs)
     _check_memory(values, plan, spread)
     report = Reporter()
@@ -69,6 +71,7 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         plan=spread,
         vae_dtype=values.vae_dtype,
         max_memory=values.max_memory,
+        quantize=values.quantize,
         callback=report,
     )
     if len(set(hosts.exchange(wan.digest))) > 1:
@@ -92,6 +95,14 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         raise RuntimeError(f"{failed} of {len(runs)} videos failed")
 
 
+def _check_device(values: flags.FlagValues) -> None:
+    """ValueError naming --quantize if the device cannot run it; else say what there is to say."""
+    try:
+        quantization.check_device(values.quantize, notify=say)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+
+
 def _check_memory(values: flags.FlagValues, plan: Plan, spread: plans.Plan | None) -> None:
     """ValueError naming --max_memory if the VAE cannot keep it, before anything is read."""
     room = vae_memory.room(
@@ -102,6 +113,7 @@ def _check_memory(values: flags.FlagValues, plan: Plan, spread: plans.Plan | Non
         offload=values.offload_model,
         text_on_cpu=values.t5_cpu,
         plan=spread,
+        quantize=values.quantize,
     )
     for shape in dict.fromkeys(job.request.latent_shape for job in plan.jobs):
         try:

@@ -45,11 +45,18 @@ class Share(NamedTuple):
         return lax.slice_in_dim(whole, 0, self.tokens, axis=axis)
 
     def attention(
-        self, q_blnk: Array, k_blnk: Array, v_blnk: Array, *, implementation: str | None = None
+        self,
+        q_blnk: Array,
+        k_blnk: Array,
+        v_blnk: Array,
+        *,
+        implementation: str | None = None,
+        in_fp8: bool = False,
     ) -> Array:
         """Self-attention among all tokens, of and for this device's rows [b, l, n, k].
 
-        The heads must be a multiple of the Ulysses members.
+        The heads must be a multiple of the Ulysses members. in_fp8: as attention() has it, but not
+        in a ring, where results are joined by weights that the kernel of 8 bits does not tell.
         """
         q, k, v = (self._heads(x) for x in (q_blnk, k_blnk, v_blnk))
         if self.ring > 1:
@@ -57,7 +64,11 @@ class Share(NamedTuple):
         else:
             # The queries of padding stay; what they give is cut by join().
             out = attention(
-                q, k[:, : self.tokens], v[:, : self.tokens], implementation=implementation
+                q,
+                k[:, : self.tokens],
+                v[:, : self.tokens],
+                implementation=implementation,
+                in_fp8=in_fp8,
             )
         return self._tokens(out)
 

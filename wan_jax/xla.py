@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 # GPU: without the NHWC layout cuDNN's 3D convolutions transpose input and output (1.4 to 1.9 times
@@ -20,16 +21,20 @@ _OPTIONS: dict[str, dict[str, bool | str]] = {
 # for programs with attention: a convolution that may have it takes five times as long to compile.
 _ROOM: dict[str, bool | str] = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 _ATTENTION = {"TPU v5": _ROOM, "TPU v5p": _ROOM}
+# Triton would take the products of 8 bits first and widen their operands.
+_FP8: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 
 def compiler_options(
-    platform: str, kind: str = "", *, attention: bool = False
+    platform: str, kind: str = "", *, attention: bool = False, fp8: bool = False
 ) -> dict[str, bool | str]:
     """XLA options of every program for "gpu", "cpu" or "tpu", of devices of this kind.
 
-    attention: those of a program whose attention is as long as a video.
+    attention: those of a program whose attention is as long as a video; fp8: of one that is given
+    weights of 8 bits.
     """
-    return _OPTIONS.get(platform, {}) | (_ATTENTION.get(kind, {}) if attention else {})
+    own = _ATTENTION.get(kind, {}) if attention else {}
+    return _OPTIONS.get(platform, {}) | own | (_FP8 if fp8 and platform in ("gpu", "cuda") else {})
 
 
 class Traced(NamedTuple):
@@ -61,23 +66,23 @@ def convolutions(dtype: str) -> lax.Precision:
 
 
 class Program:
-    """What jit() gives: called, or by on(device).trace(...) compiled ahead of time."""
+    """What jit() gives: called, or by on(device, arguments).trace(...) compiled ahead of time."""
 
     def __init__(
         self, function: Callable[..., Any], arguments: dict[str, Any], *, attention: bool
     ) -> None:
         functools.update_wrapper(self, function)
         self._function, self._arguments, self._attention = function, arguments, attention
-        self._made: dict[tuple[str, str], Any] = {}
+        self._made: dict[tuple[str, str, bool], Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.on(_device(args))(*args, **kwargs)
+        return self.on(_device(args), args)(*args, **kwargs)
 
-    def on(self, device: jax.Device) -> Any:
-        """What jax.jit() gives for devices of this kind."""
-        key = device.platform, device.device_kind
+    def on(self, device: jax.Device, args: Any = ()) -> Any:
+        """What jax.jit() gives for devices of this kind and such arguments, or their shapes."""
+        key = device.platform, device.device_kind, _has_fp8(args)
         if key not in self._made:
-            options = compiler_options(*key, attention=self._attention)
+            options = compiler_options(*key[:2], attention=self._attention, fp8=key[2])
             self._made[key] = jax.jit(self._function, compiler_options=options, **self._arguments)
         return self._made[key]
 
@@ -89,6 +94,10 @@ def jit(function: Callable[..., Any], *, attention: bool = False, **arguments: A
     attention: whether it has attention as long as a video.
     """
     return Program(function, arguments, attention=attention)
+
+
+def _has_fp8(args: Any) -> bool:
+    return any(getattr(leaf, "dtype", None) == jnp.float8_e4m3fn for leaf in jax.tree.leaves(args))
 
 
 def _device(args: Any) -> jax.Device:

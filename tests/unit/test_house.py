@@ -23,6 +23,7 @@ ORDER = (
         "conditioning",
         "hosts",
         "apart",
+        "fp8",
     },
     {"sharding", "labels", "shipped"},
     {"media", "plans", "columns"},
@@ -33,7 +34,13 @@ ORDER = (
     {"spread"},
     {"vae_tiles"},
     {"sampler"},
-    {"weights.rules", "weights.trees", "weights.folders", "weights.hashes"},
+    {
+        "weights.rules",
+        "weights.trees",
+        "weights.folders",
+        "weights.hashes",
+        "weights.quantization",
+    },
     {"weights.facts", "weights.pickled"},
     {"weights.archive", "weights.readers"},
     {

@@ -63,6 +63,7 @@ def show(values: flags.FlagValues, configs: Path) -> NoReturn:
             text_on_cpu=values.t5_cpu,
             vae_dtype=values.vae_dtype,
             max_memory=values.max_memory,
+            quantize=values.quantize,
         )
         try:
             case.room.check(config, work.latent_shape)
@@ -100,7 +101,8 @@ def title(work: Work, count: int, case: Case) -> str:
     size = f"{w * vae.spatial_stride}x{h * vae.spatial_stride}"
     what = f"{frames} frames of {size}" if frames > 1 else f"an image of {size}"
     times = f"{count} times " if count > 1 else ""
-    return f"{times}{what} in {work.steps} steps, {case.dtype}\n{case.target.name}: {case.plan}"
+    kinds = case.dtype if case.quantize is None else f"{case.dtype} and {case.quantize}"
+    return f"{times}{what} in {work.steps} steps, {kinds}\n{case.target.name}: {case.plan}"
 
 
 def table(found: Estimate) -> str:
@@ -154,6 +156,8 @@ def _notes(found: Estimate) -> list[str]:
     origin = "estimated" if chip.platform == "tpu" else "measured on an H200"
     denoise = next(row.need.seconds for row in found.rows if row.stage == "denoise")
     assert denoise is not None
+    if found.case.quantize is not None:
+        notes.append("seconds are those without --quantize, which takes fewer")
     return [
         *notes,
         f"seconds: the longer of products at {chip.attention:.0%} (attention), {chip.linear:.0%} "

@@ -107,6 +107,7 @@ def _compiled(
         devices=devices,
         dtype=case.dtype,
         vae_dtype=case.vae_dtype,
+        quantize=case.quantize,
     )
     for name, make in found.items():
         if name not in wanted or (case.text_on_cpu and PART_OF[name] == "umt5"):

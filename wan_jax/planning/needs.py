@@ -42,6 +42,7 @@ class Case(NamedTuple):
     text_on_cpu: bool = False
     vae_dtype: str = "float32"
     max_memory: int | None = None
+    quantize: str | None = None
 
     @property
     def room(self) -> Room:
@@ -54,6 +55,7 @@ class Case(NamedTuple):
             offload=self.offload,
             text_on_cpu=self.text_on_cpu,
             plan=self.plan,
+            quantize=self.quantize,
         )
 
     def coding(self, stage: str) -> Coding:
@@ -92,8 +94,8 @@ class Need(NamedTuple):
 def needs(case: Case) -> dict[str, Need]:
     """{stage: what it needs}, in the order in which they run."""
     config = case.config
-    dtypes = case.dtype, case.vae_dtype
-    parts = {part: _network(config, part, *dtypes) for part in config.dit.parts}
+    kinds = case.dtype, case.vae_dtype, case.quantize
+    parts = {part: _network(config, part, *kinds) for part in config.dit.parts}
     found = {"text": _text(case, parts)}
     if config.clip is not None:
         found |= {"views": _views(case, parts), "image": _image(case, parts)}
@@ -120,8 +122,8 @@ def held_bytes(case: Case) -> int:
 
 
 @functools.cache
-def _network(config: WanConfig, part: str, dtype: str, vae_dtype: str) -> Any:
-    return abstract_part(getattr(config, part), jnp.dtype(dtype), jnp.dtype(vae_dtype))
+def _network(config: WanConfig, part: str, dtype: str, vae_dtype: str, quantize: str | None) -> Any:
+    return abstract_part(getattr(config, part), jnp.dtype(dtype), jnp.dtype(vae_dtype), quantize)
 
 
 def _resident(case: Case, parts: Mapping[str, Any], part: str) -> int:

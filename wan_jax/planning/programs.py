@@ -52,7 +52,7 @@ class Stage(NamedTuple):
 
     def compile(self, device: jax.Device) -> jax.stages.Compiled:
         """The program compiled for devices of this kind; RuntimeError if they lack the memory."""
-        traced = self.program.on(device).trace(*self.arguments, **self.options)
+        traced = self.program.on(device, self.arguments).trace(*self.arguments, **self.options)
         # A TPU that is not there is not what jax would lower for.
         platforms = ("tpu",) if device.platform == "tpu" else None
         return traced.lower(lowering_platforms=platforms).compile()
@@ -79,13 +79,14 @@ def stages(
     devices: Sequence[jax.Device],
     dtype: str,
     vae_dtype: str = "float32",
+    quantize: str | None = None,
 ) -> dict[str, Callable[[], Stage]]:
     """{name: function that gives the stage} of STAGES, as many as this checkpoint has.
 
     devices: to compile for.
     """
     layout = plan.layout(devices)
-    own = _Builder(config, work, plan, layout, dtype, jnp.dtype(vae_dtype))
+    own = _Builder(config, work, plan, layout, dtype, jnp.dtype(vae_dtype), quantize)
     found: dict[str, Callable[[], Stage]] = {"text": own.text}
     if config.clip is not None:
         found |= {"views": own.views, "image": own.image}
@@ -99,6 +100,7 @@ class _Builder(NamedTuple):
     layout: Layout
     dtype: str
     vae_dtype: jnp.dtype
+    quantize: str | None
 
     def text(self) -> Stage:
         network, layout = self._network("umt5")
@@ -160,7 +162,7 @@ class _Builder(NamedTuple):
     def _network(self, part: str) -> tuple[Any, Layout]:
         layout = self.layout.of_weights(split=part in self.plan.split)
         own = getattr(self.config, part)
-        network = abstract_part(own, jnp.dtype(self.dtype), self.vae_dtype)
+        network = abstract_part(own, jnp.dtype(self.dtype), self.vae_dtype, self.quantize)
         return jax.tree.map(_lying, network, layout.weights(network)), layout
 
     def _prepared(self) -> tuple[Shape, ...]:

@@ -197,13 +197,14 @@ def room(
     offload: bool = False,
     text_on_cpu: bool = False,
     plan: Plan | None = None,
+    quantize: str | None = None,
 ) -> Room:
     """What load(max_memory=memory) and its other arguments give the VAE.
 
     Raises ValueError for a memory that is none.
     """
     plan = plan or Plan()
-    sizes = sources.sizes(config, jnp.dtype(dtype), jnp.dtype(vae_dtype))
+    sizes = sources.sizes(config, jnp.dtype(dtype), jnp.dtype(vae_dtype), quantize)
     there = ["vae"] if offload else [n for n in sizes if not (n == "umt5" and text_on_cpu)]
     weights = sum(sizes[n] // (plan.devices if n in plan.split else 1) for n in there)
     limit = None if memory is None else parse_memory(memory)

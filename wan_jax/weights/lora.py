@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from wan_jax import files
 from wan_jax.dit import DiT
+from wan_jax.layers import QuantizedLinear
 from wan_jax.weights import lora_names, trees
 from wan_jax.weights.dit import EVERY
 from wan_jax.weights.facts import one_line
@@ -113,6 +114,8 @@ def merge(dit: DiT, loras: Sequence[tuple[Lora, float]], *, donate: bool = False
     LoRA's part that does not fit the network.
     """
     leaves = trees.flatten(dit)
+    if isinstance(dit.layers.ffn_in, QuantizedLinear):
+        raise ValueError("a LoRA is added to weights before these are quantised, not after")
     for lora, _ in loras:
         _check_fit(lora, {name: leaf.shape for name, leaf in leaves.items()})
     touched = {f"{path}.kernel" for lora, _ in loras for path in lora.pairs}

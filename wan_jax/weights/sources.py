@@ -28,7 +28,7 @@ from wan_jax.dit import DiT
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.umt5 import UMT5
 from wan_jax.vae import VAE
-from wan_jax.weights import clip, dit, repacks, trees, umt5, vae
+from wan_jax.weights import clip, dit, quantization, repacks, trees, umt5, vae
 from wan_jax.weights.facts import one_line, read_json
 from wan_jax.weights.hashes import FileHashes
 from wan_jax.weights.layouts import Search
@@ -109,26 +109,34 @@ class Folder:
 
 @functools.cache
 def sizes(
-    config: WanConfig, dtype: jnp.dtype, vae_dtype: jnp.dtype = jnp.float32
+    config: WanConfig,
+    dtype: jnp.dtype,
+    vae_dtype: jnp.dtype = jnp.float32,
+    kind: str | None = None,
 ) -> dict[str, int]:
-    """{network: bytes of its weights on a device} of a checkpoint; dtypes as abstract_part()'s."""
-    return {
-        part: sum(
-            leaf.size * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(abstract_part(getattr(config, part), dtype, vae_dtype))
-        )
-        for part in config.dit.parts
-    }
+    """{network: bytes of its weights on a device}; dtypes and kind as abstract_part() has them."""
+
+    def size(part: str) -> int:
+        network = abstract_part(getattr(config, part), dtype, vae_dtype, kind)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network))
+
+    return {part: size(part) for part in config.dit.parts}
 
 
-def abstract_part(config: PartConfig, dtype: jnp.dtype, vae_dtype: jnp.dtype = jnp.float32) -> Any:
+def abstract_part(
+    config: PartConfig,
+    dtype: jnp.dtype,
+    vae_dtype: jnp.dtype = jnp.float32,
+    kind: str | None = None,
+) -> Any:
     """The network of this configuration with shapes in place of arrays.
 
     dtype is the compute dtype asked for. The VAE has its own, and by default float32 in either
-    mode, as in the reference.
+    mode, as in the reference. kind: in which way the DiT is quantised, None for none.
     """
     if isinstance(config, DiTConfig):
-        return trees.abstract(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype))
+        whole = trees.abstract(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype))
+        return quantization.abstract(whole, kind)
     if isinstance(config, UMT5Config):
         return trees.abstract(lambda: UMT5(config, rngs=nnx.Rngs(0), dtype=dtype))
     if isinstance(config, CLIPConfig):

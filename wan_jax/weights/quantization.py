@@ -1,0 +1,96 @@
+"""The DiT with weights of 8 bits, made of those that were read, LoRAs added, on the device.
+
+Quantised are q, k, v and o of self-attention and both products of the feed-forward network: 1.1 of
+the 1.4 billion weights of T2V-1.3B. The rest stays as it is: embeddings, modulation, head, norms,
+cross-attention.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Sharding
+
+from wan_jax.dit import DiT
+from wan_jax.layers import Linear, QuantizedLinear
+
+# What can be asked for, and the lowest compute capability of an NVIDIA GPU that has it.
+KINDS = {"fp8": 9.0, "fp8_linear": 8.9}
+PRODUCTS = (*(f"self_attn.{name}" for name in "qkvo"), "ffn_in", "ffn_out")
+Where = Sharding | Callable[[tuple[int, ...]], Sharding]
+
+
+def check_kind(kind: str | None, dtype: str) -> None:
+    """Raise ValueError for another kind than of KINDS or None, and beside another dtype."""
+    if kind is None:
+        return
+    if kind not in KINDS:
+        raise ValueError(f"quantize is {kind!r}; one of {tuple(KINDS)} is needed")
+    if dtype != "bfloat16":
+        raise ValueError(f"quantize is {kind!r} and dtype {dtype!r}; 'bfloat16' is needed with it")
+
+
+def check_device(kind: str | None, *, notify: Callable[[str], None] | None = None) -> None:
+    """Raise ValueError if the first device has no products of 8 bits; notify: told of a CPU."""
+    if kind is None:
+        return
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        if notify is not None:
+            notify(f"quantize {kind} is emulated on a CPU, slower than without: for tests")
+        return
+    capability = str(getattr(device, "compute_capability", ""))
+    needed = KINDS[kind]
+    if not capability.replace(".", "", 1).isdigit() or float(capability) < needed:
+        raise ValueError(
+            f"quantize is {kind!r}, which {device.device_kind} has no products for; an NVIDIA GPU "
+            f"of compute capability {needed} or above is needed, such as an H100"
+        )
+
+
+def quantized(dit: DiT, kind: str, *, where: Where | None = None, donate: bool = False) -> DiT:
+    """The network with PRODUCTS of 8 bits, each with one scale a layer, and how attention goes.
+
+    kind: of KINDS; "fp8" lets self-attention multiply 8 bits, too. where: in which way an array of
+    a shape lies; None leaves that to JAX. donate: the given network's kernels are used up, each as
+    soon as it is quantised. Arrays may be shapes under jax.eval_shape.
+    """
+    network = jax.tree.map(lambda leaf: leaf, dit)
+    for path in PRODUCTS:
+        *outer, name = path.split(".")
+        place = functools.reduce(getattr, outer, network.layers)
+        given = getattr(place, name)
+        setattr(place, name, _program(where)(given))
+        if donate:
+            given.kernel[...].delete()
+    network.fp8_attention = kind == "fp8"
+    return network
+
+
+def with_quantized(
+    load: Callable[[], DiT], kind: str, where: Where | None = None
+) -> Callable[[], DiT]:
+    """A function that loads the network and quantises it."""
+    return lambda: quantized(load(), kind, where=where, donate=True)
+
+
+def abstract(dit: DiT, kind: str | None) -> DiT:
+    """The network, shapes in place of arrays, as quantized() would make it; itself for None."""
+    return dit if kind is None else jax.eval_shape(lambda given: quantized(given, kind), dit)
+
+
+def _program(where: Where | None) -> Callable[[Linear], QuantizedLinear]:
+    """A program that quantises the products of a stack, [i, d_in, d_out]."""
+    if where is None:
+        return _of_stack
+
+    def placed(given: Linear) -> QuantizedLinear:
+        lies = where if callable(where) else lambda _: where
+        shardings = jax.tree.map(lambda leaf: lies(leaf.shape), jax.eval_shape(_each, given))
+        return jax.jit(_each, out_shardings=shardings)(given)
+
+    return placed
+
+
+_each = jax.vmap(QuantizedLinear.of)
+_of_stack = jax.jit(_each)
