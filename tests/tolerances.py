@@ -132,3 +132,16 @@ COSTS_MEMORY = 0.2  # of a block's temporaries, measured on an H200: 0.92 and 1.
 COSTS_SECONDS = 0.1  # of a forward measured on an H200: 1.00 times for the 14B, 0.93 for the 1.3B
 AOT_ROOM = 0.9  # of a TPU's memory at most, of the 14B at 720P; measured 0.56 (tpu7x:2x2x1) at most
 AOT_MEMORY = 0.3  # of a step's memory by formula and as compiled for TPUs
+
+# Products and attention of 8 bits
+FP8_BFLOAT16 = 4e-3  # what is exact is rounded to bfloat16 once: 2^-9, and with a bias once more
+FP8_PRODUCT = 0.05  # two roundings to four bits, 2.6 % each as a mean square; measured 3.6 %
+FP8_MATTERS = 5e-3  # it is rounded at all
+FP8_ATTENTION = 0.06  # of scores, weights, values and the result; measured 0.04
+FP8_SAME = 5e-3  # the same roundings but where float32 sums differ at the middle of two steps
+FP8_MEANS = 0.03  # numbers that are rounded after another float32 subtraction; measured ...
+FP8_PADDING = 5e-3  # at most 1 of 256 of what is left beside the mean
+FP8_WEIGHTS = 0.03  # one rounding to four bits
+FP8_SPREAD = 0.01
+FP8_VIDEO = 0.1
+FP8_VIDEO_MATTERS = 0.001

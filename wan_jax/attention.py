@@ -330,6 +330,7 @@ def _chunked(
     starts = jnp.arange(blocks_k.shape[0], dtype=jnp.int32) * block_k
     precision = precision_of(q.dtype)
     last = keys if count is None else count
+    narrow = rounded or (lambda weights: weights.astype(v.dtype))
 
     def product(subscripts: str, x: Array, y: Array) -> Array:
         return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
@@ -345,8 +346,7 @@ def _chunked(
             scores = jnp.where(real, scores, -jnp.inf)
             top = jnp.maximum(best, jnp.max(scores, -1, keepdims=True))
             weights, fade = jnp.exp(scores - top), jnp.exp(best - top)
-            narrow = weights.astype(v.dtype) if rounded is None else rounded(weights)
-            out = out * fade + product("bnst,bntk->bnsk", narrow, v_bntk)
+            out = out * fade + product("bnst,bntk->bnsk", narrow(weights), v_bntk)
             return (top, total * fade + jnp.sum(weights, -1, keepdims=True), out), None
 
         rows = (*q_bnsk.shape[:3], 1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Array = jax.Array
@@ -72,10 +73,13 @@ def product(x: Scaled, kernel: Scaled) -> Array:
 
 
 class Operands(NamedTuple):
-    """q, k and v of attention [b, s, n, k] without the means over tokens, and that of v.
+    """q, k and v of attention [b, s, n, k], rotated and without means, and the mean of v.
 
-    mean: float32 [b, 1, n, k]. k's changes all scores of a query alike, so no softmax; v's is added
-    to what comes out. Both are exact but for rounding, of which there is less without them.
+    mean: float32 [b, 1, n, k], over tokens. That of k changes all scores of a query alike, so no
+    softmax; that of v is added to what comes out. q and k are rotated alike, which no score knows.
+    All this is exact but for rounding, of which there is less: what is rounded has no large mean,
+    and a rotation spreads the few large numbers of a head over its width. On the trained miniature
+    it halves the error of the scores.
     """
 
     q: Scaled
@@ -95,10 +99,33 @@ def attention_operands(q: Array, k: Array, v: Array) -> Operands:
     keys have at least their share of the weight, and padding at most 1 of 256 and that only
     where the weights are all alike, and the result is v's mean, which padding does not move.
     """
+    (q, grown), (k, _) = _rotated(q), _rotated(k)
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     mean = jnp.mean(v, axis=1, keepdims=True)
     k, v = k - jnp.mean(k, axis=1, keepdims=True), v - mean
-    return Operands(_padded(quantize(q)), _padded(quantize(k)), _padded(quantize(v)), mean)
+    narrow = quantize(q)
+    narrow = narrow._replace(scale=narrow.scale / grown)
+    return Operands(_padded(narrow), _padded(quantize(k)), _padded(quantize(v)), mean)
+
+
+def _rotated(x: Array) -> tuple[Array, int]:
+    """x [..., k] times a Hadamard matrix of 1 and -1, and the factor by which squares grow.
+
+    Blocks of k are rotated, each of the largest power of two that divides it.
+    """
+    size = x.shape[-1] & -x.shape[-1]
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron(np.array([[1, 1], [1, -1]]), matrix)
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    turned = lax.dot_general(
+        blocks,
+        jnp.asarray(matrix, x.dtype),
+        (((blocks.ndim - 1,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=x.dtype,
+    )
+    return turned.reshape(x.shape), size
 
 
 def _padded(x: Scaled) -> Scaled:
