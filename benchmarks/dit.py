@@ -1,9 +1,9 @@
 """One forward of the DiT, one guidance branch, ours beside diffusers' compiled transformer.
 
-    python benchmarks/dit.py [--models 1.3B,14B]
+    python benchmarks/dit.py [--models 1.3B,14B] [--quantize fp8_linear,fp8]
 
-Random weights made on the card, bfloat16 as each system runs it, 81 frames. Prints one table and
-writes results/dit.json. Needs a CUDA GPU, torch and diffusers.
+Random weights made on the card, bfloat16 as each system runs it, 81 frames; with --quantize ours in
+8 bits as well. Prints one table and writes results/dit.json. Needs a CUDA GPU, torch and diffusers.
 """
 
 import argparse
@@ -36,14 +36,16 @@ def forward_tflop(model: str) -> float:
     return layers * (products + attention) / 1e12
 
 
-def run_ours(model: str) -> dict[str, float]:
+def run_ours(model: str, kind: str | None = None) -> dict[str, float]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
+    from wan_jax import xla
     from wan_jax.config import RELEASED
     from wan_jax.dit import DiT
+    from wan_jax.weights.quantization import quantized
 
     config = RELEASED[f"t2v-{model}"].dit
     _, _, _, t, h, w = MODELS[model]
@@ -51,11 +53,14 @@ def run_ours(model: str) -> dict[str, float]:
     keys = jax.random.split(jax.random.key(1), 3)
     table = jax.random.normal(keys[2], network.head_proj.kernel.shape) * 0.02
     network.head_proj.kernel[...] = table
+    if kind is not None:
+        network = quantized(network, kind, donate=True)
     latents = jax.random.normal(keys[0], (1, t, h, w, 16))
     context = jax.random.normal(keys[1], (1, 512, 4096), jnp.bfloat16)
     cond = jax.jit(DiT.prepare)(network, context)
     time = jnp.full((1,), 500.0)
-    compiled = jax.jit(DiT.__call__).lower(network, latents, time, cond).compile()
+    program = xla.jit(DiT.__call__, attention=True).on(jax.devices()[0], (network,))
+    compiled = program.lower(network, latents, time, cond).compile()
     memory = compiled.memory_analysis()
     seconds = median_seconds(
         lambda: jax.block_until_ready(compiled(network, latents, time, cond)), repeats=5
@@ -109,28 +114,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--backends", default="native,_native_cudnn", help="diffusers' attention")
+    parser.add_argument("--quantize", default="", help="kinds of ours in 8 bits, by commas")
     parser.add_argument("--child", choices=("wan_jax", "diffusers"))
     arguments = parser.parse_args()
     names = arguments.models.split(",")
     if arguments.child:
         if arguments.child == "wan_jax":
-            report(run_ours(names[0]))
+            report(run_ours(names[0], arguments.quantize or None))
         else:
             report(run_diffusers(names[0], arguments.backends.split(",")))
         return
     rows = []
+    kinds = [kind for kind in arguments.quantize.split(",") if kind]
     for model in names:
-        results = {
-            system: child(
-                __file__, ["--child", system, "--models", model, "--backends", arguments.backends]
-            )
-            for system in ("diffusers", "wan_jax")
-        }
-        for system, result in results.items():
-            row = {"model": model, "system": system, **result}
+        peer = float("nan")
+        for system, kind in (
+            ("diffusers", None),
+            ("wan_jax", None),
+            *(("wan_jax", k) for k in kinds),
+        ):
+            own = ["--child", system, "--models", model, "--backends", arguments.backends]
+            result = child(__file__, [*own, "--quantize", kind or ""])
+            row = {"model": model, "system": system, **({"how": kind} if kind else {}), **result}
+            if system == "diffusers":
+                peer = result.get("seconds", peer)
             if "seconds" in result:
                 row["tflop_per_s"] = forward_tflop(model) / result["seconds"]
-                row["ratio"] = result["seconds"] / results["diffusers"].get("seconds", float("nan"))
+                row["ratio"] = result["seconds"] / peer
             rows.append(row)
             print(row, flush=True)
     import jax
@@ -138,7 +148,8 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     path = save("dit", rows, {"device": device})
     print(f"{device}, {versions()}\nwritten to {path}")
-    print(table(rows, ("model", "system", "seconds", "ratio", "tflop_per_s", "peak_gib", "error")))
+    columns = ("model", "system", "how", "seconds", "ratio", "tflop_per_s", "peak_gib", "error")
+    print(table(rows, columns))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,20 @@ def test_umt5(load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_fp8(load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("fp8")
+    benchmark.run_kernel(benchmark.TINY["kernel"])
+    benchmark.run_product(*benchmark.TINY["product"])
+    benchmark.run_program("program", benchmark.TINY["program"], tiny=True)
+    kernel, same, _, wide, narrow, _, *programs = reported(capsys)
+    assert "needs an NVIDIA GPU" in kernel["error"] and 0 < same["deviation"] < 0.1
+    assert narrow["deviation"] < 0.01 < wide["deviation"] and narrow["seconds"] > 0
+    assert [(p["how"], p["products"], p["attentions"]) for p in programs] == [
+        ("fp8", 0, 0),
+        ("fp8_linear", 0, 0),
+    ]
+
+
 def test_startup_and_memory(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     assert load("startup").write("tiny", folder)["gb"] > 0
