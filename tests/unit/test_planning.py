@@ -107,6 +107,13 @@ def test_a_task_needs_neither_checkpoint_nor_prompt_nor_images(
     assert "\nit fits: " in text
 
 
+def test_weights_of_8_bits_are_told(show: Show) -> None:
+    status, text = show("--task", "t2v-14B", "--plan_target", "h100:1", "--quantize", "fp8")
+    assert status == 0 and "in 50 steps, bfloat16 and fp8\nh100:1: 1 device\n" in text
+    assert re.search(r"\ndenoise +17\.\d+ ", text)
+    assert "seconds are those without --quantize" in text
+
+
 def test_how_devices_share_is_by_the_flags_or_by_the_target(show: Show) -> None:
     task = ("--task", "t2v-14B", "--plan_target")
     plans = {
