@@ -76,9 +76,9 @@ def load(
     path: a converted checkpoint; PyTorch files in the Diffusers or the original layout, or a
     repacked .safetensors file that holds every part; a hub id such as
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"; any of these folders on gs://. What is not converted is,
-    once, into cache_dir. "mini-t2v", "mini-i2v" and "mini-flf2v" are the trained miniature that
-    comes with the package, as far as it is trained, and None the first of these; "nano-t2v",
-    "nano-i2v" and "nano-flf2v" make small checkpoints of random weights. lora: what is added to the
+    once, into cache_dir. "mini-t2v", "mini-i2v" and "mini-flf2v" are the trained miniatures
+    that come with the package, and None the first of these; "nano-t2v", "nano-i2v" and "nano-flf2v"
+    make small checkpoints of random weights. lora: what is added to the
     DiT: a .safetensors file, "file:scale", (file, scale), or a list of these; the scale is 1 if not
     given. dtype: "bfloat16", or "float32" to compare number by number. offload: each stage's
     weights leave the device when it is done. text_on_cpu: UMT5 runs on the host. plan: how a
