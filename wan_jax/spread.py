@@ -7,7 +7,6 @@ of a video; they are small.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from wan_jax import xla
 from wan_jax.dit import Cond, DiT
-from wan_jax.sequence import Share
 from wan_jax.sharding import BATCH, GUIDANCE, RING, ULYSSES, Layout
 
 Array = jax.Array
@@ -99,8 +97,9 @@ def velocity(
 
     def run(leaves: Sequence[Array], t: Array, *arguments: Any) -> Array:
         network, fetch = weights.gather(leaves)
-        run = functools.partial(network, implementation=implementation, fetch=fetch)
-        return _velocity(run, dit.config.patch_size, layout, branches, t, *arguments)
+        share = network.share(x.shape, ring=layout.size(RING), ulysses=layout.size(ULYSSES))
+        run = functools.partial(network, implementation=implementation, fetch=fetch, share=share)
+        return _velocity(run, branches, t, *arguments)
 
     specs = (weights.specs, WHOLE, branches, WHOLE, [_ROWS] * len(given))
     mapped = _map(run, layout, specs, _ROWS)
@@ -120,8 +119,6 @@ def of_branches(count: int, layout: Layout) -> PartitionSpec:
 
 def _velocity(
     run: Callable[..., Array],
-    patch: tuple[int, ...],
-    layout: Layout,
     branches: PartitionSpec,
     t: Array,
     conds: Cond,
@@ -130,14 +127,12 @@ def _velocity(
 ) -> Array:
     """What one device computes: its videos, its tokens, its branches."""
     x = jnp.concatenate(given, -1)
-    tokens = math.prod(x.shape[1:4]) // math.prod(patch)
-    share = Share(tokens, layout.size(RING), layout.size(ULYSSES))
     t_b = jnp.full((x.shape[0],), t, jnp.float32)
     found: list[Array] = []
     for i in range(jax.tree.leaves(conds)[0].shape[0]):
         if found:  # the activations of one branch shall not live beside those of the other
             x, found[0] = lax.optimization_barrier((x, found[0]))
-        found.append(run(x, t_b, jax.tree.map(lambda leaf, i=i: leaf[i], conds), share=share))
+        found.append(run(x, t_b, jax.tree.map(lambda leaf, i=i: leaf[i], conds)))
     both = jnp.stack(found)
     if branches[0] is not None:
         both = lax.all_gather(both, GUIDANCE, tiled=True)
