@@ -3,10 +3,10 @@
     python benchmarks/attention.py [--cases "1.3B 832x480,14B 1280x720"]
 
 Every implementation of attention() is tried, first what a run does, the one that it picks over rows
-of a tile's multiple; of torch the cuDNN and the flash backend. error is the relative L2 from float32
-on 64 queries of all heads, each system on random numbers of its own. share is that of the product of
-8192^3 which the last case measures anew. Prints one table and writes results/attention.json. Needs a
-CUDA GPU and torch.
+of a tile's multiple; of torch the cuDNN and the flash backend. error is the relative L2 from
+float32 on 64 queries of all heads, each system on random numbers of its own. share is that of the
+product of 8192^3 which the last case measures anew. Prints one table and writes
+results/attention.json. Needs a CUDA GPU and torch.
 """
 
 import functools
