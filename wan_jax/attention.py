@@ -152,7 +152,7 @@ def row_tile(length: int, dtype: jnp.dtype) -> int:
     faster by a third than one of 32,760; short videos would get too many rows for it.
     """
     narrow = dtype in (jnp.bfloat16, jnp.float16)
-    on_nvidia = narrow and _is_nvidia() and length >= _TILED
+    on_nvidia = narrow and xla.on_nvidia() and length >= _TILED
     return _ROW_TILE if on_nvidia else 1
 
 
@@ -165,12 +165,7 @@ def _pick(q: Array) -> str:
 
 def _gpu_kernel(q: Array) -> str:
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return "cudnn" if fits and _is_nvidia() else "chunked"
-
-
-def _is_nvidia() -> bool:
-    device = xla.traced_for()
-    return device.platform == "gpu" and "NVIDIA" in device.kind.upper()
+    return "cudnn" if fits and xla.on_nvidia() else "chunked"
 
 
 def _check_cudnn(q: Array) -> None:

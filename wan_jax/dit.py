@@ -357,7 +357,7 @@ class DiT(nnx.Module):
         v = linear(weights.v, x)
         q, k = (
             rope.rotate(
-                self._heads(rms_norm(norm, linear(p, x), eps=self.config.eps)),
+                self._heads(rms_norm(norm, linear(p, x), eps=self.config.eps, goes_on=True)),
                 mod.cos_lk,
                 mod.sin_lk,
             ).astype(v.dtype)

@@ -8,9 +8,13 @@ import jax
 from jax import lax
 
 # GPU: without the NHWC layout cuDNN's 3D convolutions transpose input and output (1.4 to 1.9 times
-# slower on an H200). CPU: code motion would convert all layers of a bfloat16 stack to float32
-# before the scan, 18 GiB for UMT5-XXL.
-_GPU: dict[str, bool | str] = {"xla_gpu_force_conv_nhwc": True}
+# slower on an H200). Triton's products would leave the bias and the GELU to passes of their own,
+# and round in between; cuBLASLt's take them along (layers.linear). CPU: code motion would convert
+# all layers of a bfloat16 stack to float32 before the scan, 18 GiB for UMT5-XXL.
+_GPU: dict[str, bool | str] = {
+    "xla_gpu_force_conv_nhwc": True,
+    "xla_gpu_enable_triton_gemm": False,
+}
 _OPTIONS: dict[str, dict[str, bool | str]] = {
     "gpu": _GPU,
     "cuda": _GPU,
@@ -48,6 +52,12 @@ def traced_for() -> Traced:
     if device is None:
         device = jax.devices()[0]
     return Traced(device.platform, device.device_kind)
+
+
+def on_nvidia() -> bool:
+    """Whether what is being traced is for NVIDIA's GPUs."""
+    device = traced_for()
+    return device.platform == "gpu" and "NVIDIA" in device.kind.upper()
 
 
 def convolutions(dtype: str) -> lax.Precision:
