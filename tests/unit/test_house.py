@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 # From left to right; modules in one entry do not know each other.
 ORDER = (
+    {"host_memory"},
     {
         "config",
         "xla",
