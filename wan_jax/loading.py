@@ -17,9 +17,11 @@ import jax.numpy as jnp
 
 from wan_jax import apart, hosts, shipped
 from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
-from wan_jax.pipeline import Callback, Progress, Wan
-from wan_jax.planning import vae_memory
+from wan_jax.pipeline import Wan
+from wan_jax.planning.budget import budget, start
+from wan_jax.planning.memory import STREAMABLE
 from wan_jax.plans import Plan
+from wan_jax.progress import Callback, Progress
 from wan_jax.sharding import Layout
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.weights import adapters, checkpoint, dit, folders, miniature, remote, trees
@@ -83,12 +85,13 @@ def load(
     given. dtype: "bfloat16", or "float32" to compare number by number. offload: each stage's
     weights leave the device when it is done. text_on_cpu: UMT5 runs on the host. plan: how a
     video is spread over devices (plans.choose); None is the first device. vae_dtype: of
-    the VAE's weights. max_memory: bytes of a device, or such as "6GB", in which the VAE runs, if
-    need be in tiles. callback: told the progress; notify: told in a sentence what takes long.
-    Raises ValueError naming what is wrong with the files or an argument.
+    the VAE's weights. max_memory: bytes of a device, or such as "6GB", that are to do: if need be
+    the VAE runs in tiles, and stacks of layers stay in the host's memory; as that depends on the
+    video, networks are read when first needed. callback: told the progress; notify: told in a
+    sentence what takes long. Raises ValueError naming what is wrong with files or arguments.
     """
     _check_arguments(dtype=dtype, vae_dtype=vae_dtype)
-    budget = None if max_memory is None else vae_memory.parse_memory(max_memory)
+    limit = start(max_memory)
     wanted = adapters.chosen(lora)
     folder = prepare(
         path, lora=wanted, dtype=dtype, cache_dir=cache_dir, callback=callback, notify=notify
@@ -97,23 +100,24 @@ def load(
     loras = adapters.hashed(wanted)
     layout, split = (None, ()) if plan is None else (plan.layout(), plan.split)
     place = functools.partial(_place, layout, split, text_on_cpu=text_on_cpu)
-    loaders = _loaders(folder, config, loras, dtype=dtype, vae_dtype=vae_dtype, place=place)
+    make = functools.partial(_loaders, folder, config, loras, dtype=dtype, vae_dtype=vae_dtype)
     tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER)
-    digest = adapters.digest(checkpoint.read_manifest(folder)["digest"], loras)
-    room = functools.partial(vae_memory.room, budget, config, dtype=dtype, vae_dtype=vae_dtype)
+    own: dict[str, Any] = {"dtype": dtype, "offload": offload}
+    within = budget(limit, config, plan, vae_dtype=vae_dtype, text_on_cpu=text_on_cpu, **own)
     wan = Wan(
         config,
         tokenizer,
-        loaders,
-        dtype=dtype,
-        offload=offload,
-        digest=digest,
+        make(config.dit.parts, place=place),
+        **own,
+        digest=adapters.digest(checkpoint.read_manifest(folder)["digest"], loras),
         loras=loras,
         layout=layout,
         split=split,
-        room=room(offload=offload, text_on_cpu=text_on_cpu, plan=plan),
+        budget=within,
+        streaming=make(STREAMABLE, place=place, streamed=True),
+        streamed=() if within is None else within.streamed_by_default(),
     )
-    if not offload:
+    if not offload and within is None:
         _hold(wan, callback)
     return wan
 
@@ -169,19 +173,22 @@ def _loaders(
     folder: Any,
     config: WanConfig,
     loras: Sequence[adapters.Adapter],
+    parts: Sequence[str],
     *,
     dtype: str,
     vae_dtype: str,
     place: Callable[[str], Any],
+    streamed: bool = False,
 ) -> dict[str, Callable[[], Any]]:
-    """{part: function that puts it where place(part) says} of a checkpoint."""
+    """{part: function that puts it where place(part) says} of a checkpoint.
+
+    streamed: with its stack in the host's memory.
+    """
+    restore = functools.partial(checkpoint.restore, folder, dtype=dtype, streamed=streamed)
     loaders: dict[str, Callable[[], Any]] = {
-        part: functools.partial(
-            checkpoint.restore, folder, part, config, dtype=dtype, sharding=place(part)
-        )
-        for part in config.dit.parts
+        part: functools.partial(restore, part, config, sharding=place(part)) for part in parts
     }
-    if vae_dtype != "float32":
+    if vae_dtype != "float32" and "vae" in loaders:
         load_vae = loaders["vae"]
         loaders["vae"] = lambda: trees.cast(load_vae(), jnp.dtype(vae_dtype))
     if loras:

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wan_jax import xla
+from wan_jax import host_memory, xla
 from wan_jax.dit import Cond, DiT
 from wan_jax.sharding import BATCH, GUIDANCE, RING, ULYSSES, Layout
 
 Array = jax.Array
-Fetch = Callable[[Any], Any]  # makes the weights of one layer of a stack whole
+Fetch = Callable[[Any], Any]  # brings the weights of one layer of a stack, whole
 WHOLE, _ROWS = PartitionSpec(), PartitionSpec(BATCH)
-_STACK = "layers"  # in every network that has one
 
 
 def program(
@@ -40,7 +39,12 @@ def program(
     arrays and the results lie on the devices, a PartitionSpec for all or a tuple of one for each.
     """
     if layout is None:
-        return xla.jit(function, **arguments)
+
+        @functools.wraps(function)
+        def here(network: Any, *arrays: Any) -> Any:
+            return function(network, *arrays, fetch=host_memory.fetch_of(network))
+
+        return xla.jit(here, **arguments)
 
     @functools.wraps(function)
     def everywhere(network: Any, *arrays: Any) -> Any:
@@ -148,7 +152,7 @@ class _Weights:
         found, self._tree = jax.tree.flatten_with_path(network)
         self.leaves = [leaf for _, leaf in found]
         self.specs = [layout.spec(leaf.shape) for leaf in self.leaves]
-        self._in_stack = [getattr(keys[0], "name", None) == _STACK for keys, _ in found]
+        self._in_stack = [getattr(keys[0], "name", None) == host_memory.STACK for keys, _ in found]
 
     def gather(self, leaves: Sequence[Array]) -> tuple[Any, Fetch | None]:
         """Inside shard_map: the network, whole but for its stack, and what fetches a layer."""
@@ -157,13 +161,14 @@ class _Weights:
             self._tree,
             [leaf if later else _whole(leaf, tuple(spec)) for leaf, spec, later in items],
         )
+        bring = host_memory.fetch_of(network)
         # A layer's arrays have no axis of layers.
         of_layer = [tuple(spec)[1:] for _, spec, later in items if later]
         if not any(of_layer):
-            return network, None
+            return network, bring
 
         def fetch(layer: Any) -> Any:
-            own, tree = jax.tree.flatten(layer)
+            own, tree = jax.tree.flatten(layer if bring is None else bring(layer))
             return jax.tree.unflatten(
                 tree, [_whole(*pair) for pair in zip(own, of_layer, strict=True)]
             )

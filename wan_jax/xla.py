@@ -1,11 +1,14 @@
 """XLA settings that the product needs, in one place, and the jit that applies them."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+
+from wan_jax import host_memory
 
 # GPU: without the NHWC layout cuDNN's 3D convolutions transpose input and output (1.4 to 1.9 times
 # slower on an H200). Triton's products would leave the bias and the GELU to passes of their own,
@@ -20,6 +23,11 @@ _OPTIONS: dict[str, dict[str, bool | str]] = {
     "cuda": _GPU,
     "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
 }
+# GPU: for programs that read layers of weights from the host's memory. Without it a layer is not
+# copied before the computation of the one before is over.
+_STREAMING: dict[str, dict[str, bool | str]] = {
+    platform: {"xla_gpu_enable_pipelined_host_offloading": True} for platform in ("gpu", "cuda")
+}
 # v5p lets a kernel have 16 MiB of VMEM by default, and the tiles of attention.py need more. This is
 # for programs with attention: a convolution that may have it takes five times as long to compile.
 _ROOM: dict[str, bool | str] = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
@@ -27,13 +35,24 @@ _ATTENTION = {"TPU v5": _ROOM, "TPU v5p": _ROOM}
 
 
 def compiler_options(
-    platform: str, kind: str = "", *, attention: bool = False
+    platform: str, kind: str = "", *, attention: bool = False, streams: bool = False
 ) -> dict[str, bool | str]:
     """XLA options of every program for "gpu", "cpu" or "tpu", of devices of this kind.
 
-    attention: those of a program whose attention is as long as a video.
+    attention: those of a program whose attention is as long as a video. streams: of one whose
+    weights lie in the host's memory.
     """
-    return _OPTIONS.get(platform, {}) | (_ATTENTION.get(kind, {}) if attention else {})
+    options = _OPTIONS.get(platform, {}) | (_ATTENTION.get(kind, {}) if attention else {})
+    return options | (_STREAMING.get(platform, {}) if streams else {})
+
+
+def pin_host_memory() -> None:
+    """Let weights take all of the host's memory; to be called before JAX starts.
+
+    A GPU's client pins no more than 64 GiB for all its devices unless the environment says so.
+    """
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(64, size // 2**30)))
 
 
 class Traced(NamedTuple):
@@ -78,16 +97,16 @@ class Program:
     ) -> None:
         functools.update_wrapper(self, function)
         self._function, self._arguments, self._attention = function, arguments, attention
-        self._made: dict[tuple[str, str], Any] = {}
+        self._made: dict[tuple[str, str, bool], Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.on(_device(args))(*args, **kwargs)
+        return self.on(_device(args), streams=host_memory.lies_in(args))(*args, **kwargs)
 
-    def on(self, device: jax.Device) -> Any:
-        """What jax.jit() gives for devices of this kind."""
-        key = device.platform, device.device_kind
+    def on(self, device: jax.Device, *, streams: bool = False) -> Any:
+        """What jax.jit() gives for devices of this kind; streams: as compiler_options() has it."""
+        key = device.platform, device.device_kind, streams
         if key not in self._made:
-            options = compiler_options(*key, attention=self._attention)
+            options = compiler_options(*key[:2], attention=self._attention, streams=streams)
             self._made[key] = jax.jit(self._function, compiler_options=options, **self._arguments)
         return self._made[key]
 

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 # From left to right; modules in one entry do not know each other.
 ORDER = (
+    {"host_memory"},
     {
         "config",
         "xla",
@@ -56,8 +57,10 @@ ORDER = (
     {"weights.export", "weights.miniature", "weights.lora_files", "weights.derived"},
     {"weights.adapters"},
     {"request", "streaming"},
-    {"planning.vae_memory"},
-    {"pipeline", "planning.targets", "planning.costs"},
+    {"planning.vae_memory", "planning.costs", "progress"},
+    {"planning.memory"},
+    {"planning.budget"},
+    {"pipeline", "planning.targets"},
     {"loading", "planning.programs", "planning.vae_costs"},
     {"planning.needs"},
     {"planning.estimate"},
