@@ -6,8 +6,8 @@
         --prompt "The bud opens into a flower."
 
 Takes the flags of Wan2.1's generate.py. Without --task and --ckpt_dir it runs the miniature that
-comes with the package, or small networks of random weights until that is trained on images, and
-without images a picture of its own. `python run_i2v.py --help` lists every flag.
+comes with the package, of one image or two, and without images a picture of its own.
+`python run_i2v.py --help` lists every flag.
 """
 
 from pathlib import Path

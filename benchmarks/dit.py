@@ -42,7 +42,7 @@ def run_ours(model: str, kind: str | None = None) -> dict[str, float]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from wan_jax import xla
+    from wan_jax import sampler, xla
     from wan_jax.config import RELEASED
     from wan_jax.dit import DiT
     from wan_jax.weights.quantization import quantized
@@ -58,13 +58,11 @@ def run_ours(model: str, kind: str | None = None) -> dict[str, float]:
     latents = jax.random.normal(keys[0], (1, t, h, w, 16))
     context = jax.random.normal(keys[1], (1, 512, 4096), jnp.bfloat16)
     cond = jax.jit(DiT.prepare)(network, context)
-    time = jnp.full((1,), 500.0)
-    program = xla.jit(DiT.__call__, attention=True).on(jax.devices()[0], (network,))
-    compiled = program.lower(network, latents, time, cond).compile()
+    own = (network, latents, jnp.float32(500.0), (cond,), jnp.float32(1.0))
+    program = xla.jit(sampler.velocity, attention=True).on(jax.devices()[0])
+    compiled = program.lower(*own).compile()
     memory = compiled.memory_analysis()
-    seconds = median_seconds(
-        lambda: jax.block_until_ready(compiled(network, latents, time, cond)), repeats=5
-    )
+    seconds = median_seconds(lambda: jax.block_until_ready(compiled(*own)), repeats=5)
     return {
         "seconds": seconds,
         "peak_gib": peak_gib(),

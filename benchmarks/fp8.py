@@ -117,7 +117,7 @@ def run_program(case: str, latents: tuple[int, ...], *, tiny: bool) -> None:
         context = shape((1, config.text_len, config.text_dim), jnp.bfloat16)
         given = shape((1, *latents, 16), jnp.float32), shape((1,), jnp.float32)
         cond = jax.eval_shape(DiT.prepare, network, context)
-        program = xla.jit(DiT.__call__, attention=True).on(jax.devices()[0], (network,))
+        program = xla.jit(DiT.__call__, attention=True).on(jax.devices()[0])
         begun = time.perf_counter()
         compiled = program.lower(network, *given, cond).compile()
         calls = Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()))

@@ -193,7 +193,7 @@ def rows(
     """
     process = subprocess.Popen(
         [sys.executable, script, *arguments],
-        env={**os.environ, **(environment or {})},
+        env={"JAX_TRACEBACK_FILTERING": "off", **os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -21,6 +21,7 @@ from random_checkpoint import config_of
 
 # name: latent frames, height, width
 SHAPES = {"1.3B": (21, 60, 104), "14B": (21, 90, 160), "tiny": (3, 8, 12)}
+LABELS = {"--models": "{}, a guided step", "--vae": "VAE, decode {}"}
 
 
 def plan_of(text: str) -> Any:
@@ -122,7 +123,7 @@ def measure(what: list[str], plans: list[str], steps: int) -> list[dict[str, Any
         for text in ("1", *plans):
             out = Path(folder) / f"{text}.npy"
             own = ["--child", text, "--out", str(out), "--steps", str(steps), *what]
-            row = {"what": " ".join(what[1:]), "plan": text, **child(__file__, own)}
+            row = {"what": LABELS[what[-2]].format(what[-1]), "plan": text, **child(__file__, own)}
             if rows and "seconds" in row and "seconds" in rows[0]:
                 count = plan_of(text).devices
                 row["speedup"] = rows[0]["seconds"] / row["seconds"]

@@ -130,7 +130,7 @@ def _define_memory(values: flags.FlagValues) -> None:
     choice("quantize", None, KINDS, text)
     text = "Of the VAE; bfloat16 takes half its memory, and frames differ a little."
     choice("vae_dtype", "float32", loading.DTYPES, text)
-    text = "What may be used of a device, such as 6GB or 6GiB: the VAE runs in tiles that fit."
+    text = "What may be used of a device, such as 6GB: by tiles of the VAE and streamed weights."
     flags.DEFINE(_Memory(), "max_memory", None, text, flag_values=values)
 
 

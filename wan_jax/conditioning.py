@@ -5,10 +5,22 @@ mask and latents are the same with and without the prompt.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 STRIDE = 4  # pixel frames to a latent frame, but for the first, which is one
+
+
+class Known(NamedTuple):
+    """What images tell of a video, on the host, float32.
+
+    channels: [1, t, h, w, 4 + z], the mask of the known frames and the latents of a video that is
+    grey but for them. tokens: [1, s, d], CLIP's, those of a last frame behind those of the first.
+    """
+
+    channels: np.ndarray
+    tokens: np.ndarray
 
 
 def mask_bthwc(

@@ -344,8 +344,7 @@ FLF2V_14B = WanConfig(
     defaults=Defaults(shift=16.0, negative_prompt=FLF2V_NEGATIVE_PROMPT),
 )
 
-# A few layers of everything: what tests are built from, and what run_i2v.py runs until the
-# miniature is trained on images.
+# A few layers of everything: what tests are built from, and what random checkpoints are made of.
 NANO_T2V = WanConfig(
     dit=DiTConfig(dim=96, ffn_dim=256, num_heads=2, num_layers=3, text_dim=64),
     vae=VAEConfig(base_dim=16),

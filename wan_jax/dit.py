@@ -37,7 +37,7 @@ from wan_jax.layers import (
     rms_norm,
 )
 from wan_jax.patches import patchify, unpatchify
-from wan_jax.sequence import Share
+from wan_jax.sequence import Share, share_of
 
 Array = jax.Array
 REMAT = ("none", "products", "attention", "full")
@@ -278,13 +278,19 @@ class DiT(nnx.Module):
     ) -> Array:
         """Velocity [b, t, h, w, out_channels], float32, of latents at timesteps t (0..1000).
 
-        fetch, implementation, remat, share: see blocks().
+        fetch, implementation, remat: see blocks(). share: as in embed(), None that of one device.
         """
+        share = self.share(latents_bthwc.shape) if share is None else share
         h, mod = self.embed(latents_bthwc, t_b, share=share)
         h = self.blocks(
             h, mod, cond, fetch=fetch, implementation=implementation, remat=remat, share=share
         )
         return self.head(h, mod, share=share)
+
+    def share(self, shape: tuple[int, ...], *, ring: int = 1, ulysses: int = 1) -> Share:
+        """A device's share of the tokens of latents of this shape [b, t, h, w, c]."""
+        tokens = int(np.prod(shape[1:4])) // int(np.prod(self.config.patch_size))
+        return share_of(tokens, self.text_in.kernel.dtype, ring=ring, ulysses=ulysses)
 
     def _keys_and_values(
         self, key: Linear, norm: RMSNorm, value: Linear, tokens: Array
@@ -357,7 +363,7 @@ class DiT(nnx.Module):
         v = linear(weights.v, x)
         q, k = (
             rope.rotate(
-                self._heads(rms_norm(norm, linear(p, x), eps=self.config.eps)),
+                self._heads(rms_norm(norm, linear(p, x), eps=self.config.eps, goes_on=True)),
                 mod.cos_lk,
                 mod.sin_lk,
             ).astype(v.dtype)

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 
 from wan_jax import apart, hosts, shipped
 from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
-from wan_jax.pipeline import Callback, Progress, Wan
-from wan_jax.planning import vae_memory
+from wan_jax.pipeline import Wan
+from wan_jax.planning.budget import budget, start
+from wan_jax.planning.memory import STREAMABLE
 from wan_jax.plans import Plan
+from wan_jax.progress import Callback, Progress
 from wan_jax.sharding import Layout
 from wan_jax.tokenizer import load_tokenizer
 from wan_jax.weights import adapters, checkpoint, dit, folders, miniature, remote, trees
@@ -75,25 +77,23 @@ def load(
 ) -> Wan:
     """A checkpoint ready to run.
 
-    path: a converted checkpoint; PyTorch files in the Diffusers or the original layout, or a
-    repacked .safetensors file that holds every part; a hub id such as
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"; any of these folders on gs://. What is not converted is,
-    once, into cache_dir. "mini-t2v", "mini-i2v" and "mini-flf2v" are the trained miniature that
-    comes with the package, as far as it is trained, and None the first of these; "nano-t2v",
-    "nano-i2v" and "nano-flf2v" make small checkpoints of random weights. lora: what is added to the
-    DiT: a .safetensors file, "file:scale", (file, scale), or a list of these; the scale is 1 if not
-    given. dtype: "bfloat16", or "float32" to compare number by number. offload: each stage's
-    weights leave the device when it is done. text_on_cpu: UMT5 runs on the host. plan: how a
-    video is spread over devices (plans.choose); None is the first device. vae_dtype: of
-    the VAE's weights. max_memory: bytes of a device, or such as "6GB", in which the VAE runs, if
-    need be in tiles. quantize: "fp8" lets the large products of the DiT's blocks and its
-    self-attention multiply 8 bits on a Hopper GPU, "fp8_linear" the products alone. callback: told
-    the progress; notify: told in a sentence what takes long.
-    Raises ValueError naming what is wrong with the files or an argument.
+    path: a converted checkpoint; PyTorch files in the Diffusers or the original layout, or in one
+    .safetensors; a hub id such as "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"; any of these folders on
+    gs://. What is not converted is, once, into cache_dir. "mini-t2v", "mini-i2v", "mini-flf2v" are
+    the trained miniatures, None the first of these; "nano-t2v" and so on have random weights. lora:
+    what is added to the DiT: a .safetensors file, "file:scale", (file, scale), or a list of these;
+    the scale is 1 if not given. dtype: "bfloat16", or "float32" to compare number by number.
+    offload: each stage's weights leave the device when it is done. text_on_cpu: UMT5 runs on the
+    host. plan: how a video is spread over devices (plans.choose); None is the first. vae_dtype: of
+    the VAE's weights. max_memory: bytes of a device, or such as "6GB", that are to do: if need be
+    the VAE runs in tiles and layers stay in the host's memory; networks are then read when first
+    needed. quantize: "fp8" lets the DiT's large products and its self-attention multiply 8 bits on
+    a Hopper GPU, "fp8_linear" the products alone. callback: told the progress; notify: told in a
+    sentence what takes long. Raises ValueError naming what is wrong.
     """
     kinds: dict[str, Any] = {"dtype": dtype, "vae_dtype": vae_dtype, "quantize": quantize}
-    _check_kinds(**kinds, notify=notify)
-    budget = None if max_memory is None else vae_memory.parse_memory(max_memory)
+    limit = start(max_memory)
+    _check(notify, **kinds)
     wanted = adapters.chosen(lora)
     folder = prepare(
         path, lora=wanted, dtype=dtype, cache_dir=cache_dir, callback=callback, notify=notify
@@ -101,29 +101,28 @@ def load(
     config, loras = checkpoint.read_config(folder), adapters.hashed(wanted)
     layout, split = (None, ()) if plan is None else (plan.layout(), plan.split)
     place = functools.partial(_place, layout, split, text_on_cpu=text_on_cpu)
-    loaders = _loaders(folder, config, loras, place=place, **kinds)
-    digest = adapters.digest(checkpoint.read_manifest(folder)["digest"], loras)
-    room = functools.partial(vae_memory.room, budget, config, **kinds)
+    make = functools.partial(_loaders, folder, config, loras, place=place, **kinds)
+    within = budget(limit, config, plan, offload=offload, text_on_cpu=text_on_cpu, **kinds)
     wan = Wan(
         config,
         load_tokenizer(folder / checkpoint.TOKENIZER),
-        loaders,
+        make(parts=config.dit.parts),
         dtype=dtype,
         offload=offload,
-        digest=digest,
+        digest=adapters.digest(checkpoint.read_manifest(folder)["digest"], loras),
         loras=loras,
         layout=layout,
         split=split,
-        room=room(offload=offload, text_on_cpu=text_on_cpu, plan=plan),
+        budget=within,
+        streaming=make(parts=STREAMABLE, streamed=True),
+        streamed=() if within is None else within.streamed_by_default(),
     )
-    if not offload:
+    if not offload and within is None:
         _hold(wan, callback)
     return wan
 
 
-def _check_kinds(
-    *, dtype: str, vae_dtype: str, quantize: str | None, notify: Notify | None
-) -> None:
+def _check(notify: Notify | None, *, dtype: str, vae_dtype: str, quantize: str | None) -> None:
     for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
         if value not in DTYPES:
             raise ValueError(f"{name} is {value!r}; one of {DTYPES} is needed")
@@ -176,20 +175,23 @@ def _loaders(
     folder: Any,
     config: WanConfig,
     loras: Sequence[adapters.Adapter],
+    parts: Sequence[str],
     *,
     dtype: str,
     vae_dtype: str,
     quantize: str | None,
     place: Callable[[str], Any],
+    streamed: bool = False,
 ) -> dict[str, Callable[[], Any]]:
-    """{part: function that puts it where place(part) says} of a checkpoint."""
+    """{part: function that puts it where place(part) says} of a checkpoint.
+
+    streamed: with its stack in the host's memory.
+    """
+    restore = functools.partial(checkpoint.restore, folder, dtype=dtype, streamed=streamed)
     loaders: dict[str, Callable[[], Any]] = {
-        part: functools.partial(
-            checkpoint.restore, folder, part, config, dtype=dtype, sharding=place(part)
-        )
-        for part in config.dit.parts
+        part: functools.partial(restore, part, config, sharding=place(part)) for part in parts
     }
-    if vae_dtype != "float32":
+    if vae_dtype != "float32" and "vae" in loaders:
         load_vae = loaders["vae"]
         loaders["vae"] = lambda: trees.cast(load_vae(), jnp.dtype(vae_dtype))
     if loras:

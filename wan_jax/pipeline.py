@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,14 @@ import numpy as np
 
 from wan_jax import clip, conditioning, sampler, spread, streaming, tokenizer, umt5
 from wan_jax import noise as noise_module
+from wan_jax.conditioning import Known
 from wan_jax.config import WanConfig
 from wan_jax.dit import Cond, DiT
 from wan_jax.fitting import Fit
+from wan_jax.planning.budget import Budget
+from wan_jax.planning.memory import work_of
 from wan_jax.planning.vae_memory import Room
+from wan_jax.progress import Callback, Progress, tell
 from wan_jax.request import Request, check_noise, latent_shape, make_request
 from wan_jax.sharding import Layout
 from wan_jax.weights.adapters import Adapter
@@ -31,36 +35,6 @@ Array = jax.Array
 OUTPUTS = ("frames", "latents", "stream")
 
 
-class Known(NamedTuple):
-    """What images tell of a video, on the host, float32.
-
-    channels: [1, t, h, w, 4 + z], the mask of the known frames and the latents of a video that is
-    grey but for them. tokens: [1, s, d], CLIP's, those of a last frame behind those of the first.
-    """
-
-    channels: np.ndarray
-    tokens: np.ndarray
-
-
-class Progress(NamedTuple):
-    """What a callback is told: `done` of `total` parts of a stage are finished.
-
-    stage: "load", "encode", "clip", "image", "denoise", "decode" or, in bytes, "download",
-    "convert", "upload", "export"; the first report of each has done = 0 or, where a run is taken
-    up, the steps before. latents: float32 [b, t, h, w, c] after a denoising step, else None. carry:
-    then also where the solver stands, in buffers that the next step reuses: copy what is kept.
-    """
-
-    stage: str
-    done: int
-    total: int
-    latents: Array | None = None
-    carry: sampler.Carry | None = None
-
-
-Callback = Callable[[Progress], None]
-
-
 @dataclasses.dataclass
 class Wan:
     """A checkpoint ready to run.
@@ -70,7 +44,9 @@ class Wan:
     digest: SHA-256 over those of the source files and of the LoRAs, or "" for networks from
     elsewhere. loras: what was added to the DiT. layout: of the devices that a video is spread over;
     None is the first device. split: the networks of which each of these holds a share only.
-    room: what the VAE is given of a device, and does with in tiles.
+    budget: the limit of a device's memory, which the VAE keeps in tiles and, if need be, the others
+    as they are streamed: streaming has the loaders of those that then put a network's stack into
+    the host's memory, and streamed are those that do.
     """
 
     config: WanConfig
@@ -82,15 +58,18 @@ class Wan:
     loras: tuple[Adapter, ...] = ()
     layout: Layout | None = None
     split: tuple[str, ...] = ()
-    room: Room = dataclasses.field(default_factory=Room)
+    budget: Budget | None = None
+    streaming: dict[str, Callable[[], Any]] = dataclasses.field(default_factory=dict, repr=False)
+    streamed: tuple[str, ...] = ()
     _resident: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def network(self, part: str, callback: Callback | None = None) -> Any:
         """The network of this name, on the device."""
         if part not in self._resident:
-            _tell(callback, "load", 0, 1)
-            self._resident[part] = self.loaders[part]()
-            _tell(callback, "load", 1, 1)
+            tell(callback, "load", 0, 1)
+            loaders = self.streaming if part in self.streamed else self.loaders
+            self._resident[part] = loaders[part]()
+            tell(callback, "load", 1, 1)
         return self._resident[part]
 
     @contextlib.contextmanager
@@ -109,6 +88,27 @@ class Wan:
         with self._stage(part, callback) as network:
             del network
             yield
+
+    def make_room(self, requests: Sequence[Request], *, at_once: int = 1) -> None:
+        """Settle what is streamed so that all these videos keep the limit of memory.
+
+        at_once: videos that are decoded together. A network that is on the device and is to be
+        streamed leaves it, to be read again; one that is streamed stays so. Raises ValueError
+        naming the least memory that would do.
+        """
+        if self.budget is None:
+            return
+        works = list(dict.fromkeys(work_of(request) for request in requests))
+        already = [part for part in self.streamed if part in self._resident]
+        wanted = self.budget.streamed(works, at_once=at_once, already=already)
+        for part in set(wanted) - set(self.streamed):
+            self._resident.pop(part, None)
+        self.streamed = wanted
+
+    @property
+    def _room(self) -> Room:
+        """What the VAE is given of a device."""
+        return Room() if self.budget is None else self.budget.room(self.streamed)
 
     def generate(
         self,
@@ -175,20 +175,20 @@ class Wan:
         if output not in OUTPUTS:
             raise ValueError(f"output is {output!r}; one of {OUTPUTS} is needed")
         at_once = request.noise_shape[0] if output == "stream" else 1
-        self.room.check(self.config, request.latent_shape, batch=at_once)
+        self.make_room([request], at_once=at_once)
 
     def encode_text(self, prompts: Sequence[str], callback: Callback | None = None) -> np.ndarray:
         """UMT5 states [b, s, d] of the cleaned prompts, zero past each text; on the host."""
         ids, mask = tokenizer.tokenize(self.tokenizer, prompts, length=self.config.dit.text_len)
         contexts = []
         with self._stage("umt5", callback) as network:
-            _tell(callback, "encode", 0, len(prompts))
+            tell(callback, "encode", 0, len(prompts))
             # None where the network is on the CPU.
             layout = self._layout("umt5") if spread.lies_on(network, self.layout) else None
             for i in range(len(prompts)):  # one by one: a text's states do not know its neighbours
                 states = _program(umt5.encode, layout)(network, ids[i : i + 1], mask[i : i + 1])
                 contexts.append(np.asarray(states)[0])
-                _tell(callback, "encode", i + 1, len(prompts))
+                tell(callback, "encode", i + 1, len(prompts))
             del network
         return np.stack(contexts)
 
@@ -205,10 +205,10 @@ class Wan:
         views: [n, side, side, 3] float32 in -1..1, n = 1, or 2 with a last frame.
         """
         with self._stage("clip", callback) as tower:
-            _tell(callback, "clip", 0, 1)
+            tell(callback, "clip", 0, 1)
             run = _program(see, self.layout)
             tokens = np.asarray(run(tower, self._put(views)), np.float32)
-            _tell(callback, "clip", 1, 1)
+            tell(callback, "clip", 1, 1)
             del tower
         return tokens.reshape(1, -1, tokens.shape[-1])
 
@@ -241,13 +241,13 @@ class Wan:
     ) -> np.ndarray:
         """Latents [1, *shape] of the chunks of `what`; shape: [t, h, w, z]. on: the callback."""
         latents: list[np.ndarray] = []
-        tiles = self.room.tiling("encode", self.config.vae, shape).tiles
+        tiles = self._room.tiling("encode", self.config.vae, shape).tiles
         run = functools.partial(streaming.encode, dtype=self.dtype, layout=self.layout, tiles=tiles)
         with self._stage("vae", on) as network:
-            _tell(on, "image", 0, shape[0])
+            tell(on, "image", 0, shape[0])
             for latent in run(network, chunks, what=what):
                 latents.append(latent)
-                _tell(on, "image", len(latents), shape[0])
+                tell(on, "image", len(latents), shape[0])
             del network
         return np.concatenate(latents, axis=1)
 
@@ -289,8 +289,8 @@ class Wan:
         self, network: Any, latents: Array, dtype: str, callback: Callback | None
     ) -> Iterator[np.ndarray]:
         batch, count = latents.shape[:2]
-        tiling = self.room.tiling("decode", self.config.vae, latents.shape[1:], batch)
-        _tell(callback, "decode", 0, count)
+        tiling = self._room.tiling("decode", self.config.vae, latents.shape[1:], batch)
+        tell(callback, "decode", 0, count)
         for frames, done in streaming.decode(
             network,
             latents,
@@ -301,7 +301,7 @@ class Wan:
             chunk=tiling.chunk,
         ):
             yield frames
-            _tell(callback, "decode", done, count)
+            tell(callback, "decode", done, count)
 
     def denoise(
         self,
@@ -337,7 +337,7 @@ class Wan:
                 callback(Progress("denoise", carry.done, steps, latents, carry))
 
         with self._stage("dit", callback) as network:
-            _tell(callback, "denoise", done, len(request.schedule.table))
+            tell(callback, "denoise", done, len(request.schedule.table))
             tokens = None if known is None else known.tokens
             conds = self._conditions(network, context, request, tokens)
             return sampler.sample(
@@ -381,11 +381,6 @@ class Wan:
             )
             return jnp.tile(drawn, (len(request.prompts), 1, 1, 1, 1))
         return jnp.asarray(check_noise(noise, request.noise_shape))
-
-
-def _tell(callback: Callback | None, stage: str, done: int, total: int) -> None:
-    if callback is not None:
-        callback(Progress(stage, done, total))
 
 
 def see(tower: clip.CLIP, views: Array, *, fetch: None = None) -> Array:

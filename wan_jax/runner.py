@@ -29,8 +29,9 @@ from wan_jax import (
 from wan_jax.cli import Reporter, Stopped, say
 from wan_jax.jobs import Plan
 from wan_jax.outputs import Job, record_path, target
-from wan_jax.pipeline import Progress
-from wan_jax.planning import vae_memory
+from wan_jax.planning.budget import budget, start
+from wan_jax.planning.memory import work_of
+from wan_jax.progress import Progress
 from wan_jax.sampler import Carry, DivergedError
 from wan_jax.weights import quantization
 
@@ -47,6 +48,7 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
         say(f"skipped {path}: it is there already")
     if not plan.jobs:
         return
+    start(values.max_memory)
     devices.start(values)
     _check_device(values)
     spread = devices.plan(values, plan.config, plan.jobs)
@@ -76,6 +78,7 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
     )
     if len(set(hosts.exchange(wan.digest))) > 1:
         raise ValueError(f"--ckpt_dir {values.ckpt_dir} is not the same in every process")
+    wan.make_room([job.request for job in plan.jobs])
     runs = _runs(values, wan, plan.jobs)
     texts = list(dict.fromkeys(text for run in runs for text in run.texts()))
     contexts = dict(zip(texts, wan.encode_text(texts, report), strict=True)) if texts else {}
@@ -104,22 +107,26 @@ def _check_device(values: flags.FlagValues) -> None:
 
 
 def _check_memory(values: flags.FlagValues, plan: Plan, spread: plans.Plan | None) -> None:
-    """ValueError naming --max_memory if the VAE cannot keep it, before anything is read."""
-    room = vae_memory.room(
+    """ValueError naming --max_memory if the videos cannot keep it, before anything is read."""
+    limit = budget(
         values.max_memory,
         plan.config,
+        spread,
         dtype=values.dtype,
         vae_dtype=values.vae_dtype,
         offload=values.offload_model,
         text_on_cpu=values.t5_cpu,
-        plan=spread,
         quantize=values.quantize,
     )
-    for shape in dict.fromkeys(job.request.latent_shape for job in plan.jobs):
-        try:
-            room.check(plan.config, shape)
-        except ValueError as error:
-            raise ValueError(f"--{error}") from error
+    if limit is None:
+        return
+    works = list(dict.fromkeys(work_of(job.request) for job in plan.jobs))
+    try:
+        streamed = limit.streamed(works)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+    if streamed:
+        say(f"max_memory: layers of {' and '.join(streamed)} come from the host's memory")
 
 
 def _runs(values: flags.FlagValues, wan: wan_jax.Wan, jobs: Sequence[Job]) -> list["_Run"]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wan_jax import spread, xla
+from wan_jax import host_memory, spread, xla
 from wan_jax.dit import Cond, DiT
 from wan_jax.schedulers import Row, Schedule
 from wan_jax.sharding import Layout
@@ -74,12 +74,13 @@ def velocity(
     t_b = jnp.full((x.shape[0],), t, jnp.float32)
     if known is not None:
         x = jnp.concatenate([x, jnp.broadcast_to(known, (*x.shape[:-1], known.shape[-1]))], -1)
-    positive = dit(x, t_b, conds[0], implementation=implementation)
+    run = functools.partial(dit, implementation=implementation, fetch=host_memory.fetch_of(dit))
+    positive = run(x, t_b, conds[0])
     if len(conds) == 1:
         return positive
     # The barrier keeps the second branch's activations from living beside the first's.
     x, positive = lax.optimization_barrier((x, positive))
-    negative = dit(x, t_b, conds[1], implementation=implementation)
+    negative = run(x, t_b, conds[1])
     return negative + guidance * (positive - negative)
 
 

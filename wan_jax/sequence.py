@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wan_jax.attention import attention, merge, partial_attention
+from wan_jax.attention import attention, merge, partial_attention, row_tile
 from wan_jax.sharding import RING, ULYSSES
 
 Array = jax.Array
@@ -21,27 +21,38 @@ _BOTH = (RING, ULYSSES)
 
 
 class Share(NamedTuple):
-    """A device's share of `tokens` tokens, in a ring and in groups of so many devices."""
+    """A device's share of `tokens` tokens, in a ring and in groups of so many devices.
+
+    tile: its rows are a multiple of this.
+    """
 
     tokens: int
-    ring: int
-    ulysses: int
+    ring: int = 1
+    ulysses: int = 1
+    tile: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.ring * self.ulysses
 
     @property
     def rows(self) -> int:
         """Tokens on each device, padding included."""
-        return -(-self.tokens // (self.ring * self.ulysses))
+        return -(-self.tokens // (self.devices * self.tile)) * self.tile
 
     def take(self, x: Array, *, axis: int) -> Array:
         """This device's rows of the tokens along an axis; padding is zero."""
         widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, self.rows * self.ring * self.ulysses - self.tokens)
+        widths[axis] = (0, self.rows * self.devices - self.tokens)
+        padded = jnp.pad(x, widths) if widths[axis][1] else x
+        if self.devices == 1:
+            return padded
         start = lax.axis_index(_BOTH) * self.rows
-        return lax.dynamic_slice_in_dim(jnp.pad(x, widths), start, self.rows, axis)
+        return lax.dynamic_slice_in_dim(padded, start, self.rows, axis)
 
     def join(self, x: Array, *, axis: int) -> Array:
         """All tokens along an axis, on every device."""
-        whole = lax.all_gather(x, _BOTH, axis=axis, tiled=True)
+        whole = x if self.devices == 1 else lax.all_gather(x, _BOTH, axis=axis, tiled=True)
         return lax.slice_in_dim(whole, 0, self.tokens, axis=axis)
 
     def attention(
@@ -64,11 +75,7 @@ class Share(NamedTuple):
         else:
             # The queries of padding stay; what they give is cut by join().
             out = attention(
-                q,
-                k[:, : self.tokens],
-                v[:, : self.tokens],
-                implementation=implementation,
-                in_fp8=in_fp8,
+                q, k, v, count=self.tokens, implementation=implementation, in_fp8=in_fp8
             )
         return self._tokens(out)
 
@@ -87,7 +94,7 @@ class Share(NamedTuple):
     def _around(self, q: Array, k: Array, v: Array, implementation: str | None) -> Array:
         """Attention to the keys of every ring member, which each passes on to the next."""
         steps = [(r, (r + 1) % self.ring) for r in range(self.ring)]
-        rows, padded = k.shape[1], self.rows * self.ring * self.ulysses > self.tokens
+        rows, padded = k.shape[1], self.rows * self.devices > self.tokens
         own, parts = lax.axis_index(RING), []
         for i in range(self.ring):
             # The next are under way while these are worked on.
@@ -98,3 +105,10 @@ class Share(NamedTuple):
             parts.append(partial_attention(q, k, v, count=count, implementation=implementation))
             k, v = coming
         return merge(parts)
+
+
+def share_of(tokens: int, dtype: jnp.dtype, *, ring: int = 1, ulysses: int = 1) -> Share:
+    """The share that suits the kernels; dtype: that of the products."""
+    # In a ring keys are counted anyway, by a kernel with a mask.
+    tile = row_tile(tokens, dtype) if ring == 1 else 1
+    return Share(tokens, ring, ulysses, tile)

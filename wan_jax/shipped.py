@@ -1,4 +1,4 @@
-"""What comes with the package: the trained miniature, and a picture and prompts to begin with."""
+"""What comes with the package: the trained miniatures, and a picture and prompts to begin with."""
 
 import os
 import re
@@ -23,25 +23,18 @@ KNOWS = (
 
 def default(images: int = 0) -> str:
     """The name of what runs where no checkpoint is given; images: 0, 1 or 2."""
-    kind = KINDS[images]
-    # Until assets/ has the trained networks, random ones take their place.
-    trained = (ASSETS / kind / "model_index.json").is_file()
-    return f"mini-{kind}" if trained else f"nano-{kind}"
+    return f"mini-{KINDS[images]}"
 
 
 def folder(path: str | os.PathLike[str]) -> Path | None:
     """The folder of the trained checkpoint that this names; None for any other path.
 
-    A file or folder of the name comes before the miniature. Raises ValueError for a miniature that
-    this installation lacks.
+    A file or folder of the name comes before the miniature.
     """
     text = os.fspath(path)
     if text not in MINIATURES or Path(text).exists():
         return None
-    found = ASSETS / MINIATURES[text]
-    if not (found / "model_index.json").is_file():
-        raise ValueError(f"{text} is not part of this installation; it would be {found}")
-    return found
+    return ASSETS / MINIATURES[text]
 
 
 def is_miniature(path: object) -> bool:

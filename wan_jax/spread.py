@@ -7,7 +7,6 @@ of a video; they are small.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,15 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wan_jax import xla
+from wan_jax import host_memory, xla
 from wan_jax.dit import Cond, DiT
-from wan_jax.sequence import Share
 from wan_jax.sharding import BATCH, GUIDANCE, RING, ULYSSES, Layout
 
 Array = jax.Array
-Fetch = Callable[[Any], Any]  # makes the weights of one layer of a stack whole
+Fetch = Callable[[Any], Any]  # brings the weights of one layer of a stack, whole
 WHOLE, _ROWS = PartitionSpec(), PartitionSpec(BATCH)
-_STACK = "layers"  # in every network that has one
 
 
 def program(
@@ -42,7 +39,12 @@ def program(
     arrays and the results lie on the devices, a PartitionSpec for all or a tuple of one for each.
     """
     if layout is None:
-        return xla.jit(function, **arguments)
+
+        @functools.wraps(function)
+        def here(network: Any, *arrays: Any) -> Any:
+            return function(network, *arrays, fetch=host_memory.fetch_of(network))
+
+        return xla.jit(here, **arguments)
 
     @functools.wraps(function)
     def everywhere(network: Any, *arrays: Any) -> Any:
@@ -99,8 +101,9 @@ def velocity(
 
     def run(leaves: Sequence[Array], t: Array, *arguments: Any) -> Array:
         network, fetch = weights.gather(leaves)
-        run = functools.partial(network, implementation=implementation, fetch=fetch)
-        return _velocity(run, dit.config.patch_size, layout, branches, t, *arguments)
+        share = network.share(x.shape, ring=layout.size(RING), ulysses=layout.size(ULYSSES))
+        run = functools.partial(network, implementation=implementation, fetch=fetch, share=share)
+        return _velocity(run, branches, t, *arguments)
 
     specs = (weights.specs, WHOLE, branches, WHOLE, [_ROWS] * len(given))
     mapped = _map(run, layout, specs, _ROWS)
@@ -120,8 +123,6 @@ def of_branches(count: int, layout: Layout) -> PartitionSpec:
 
 def _velocity(
     run: Callable[..., Array],
-    patch: tuple[int, ...],
-    layout: Layout,
     branches: PartitionSpec,
     t: Array,
     conds: Cond,
@@ -130,14 +131,12 @@ def _velocity(
 ) -> Array:
     """What one device computes: its videos, its tokens, its branches."""
     x = jnp.concatenate(given, -1)
-    tokens = math.prod(x.shape[1:4]) // math.prod(patch)
-    share = Share(tokens, layout.size(RING), layout.size(ULYSSES))
     t_b = jnp.full((x.shape[0],), t, jnp.float32)
     found: list[Array] = []
     for i in range(jax.tree.leaves(conds)[0].shape[0]):
         if found:  # the activations of one branch shall not live beside those of the other
             x, found[0] = lax.optimization_barrier((x, found[0]))
-        found.append(run(x, t_b, jax.tree.map(lambda leaf, i=i: leaf[i], conds), share=share))
+        found.append(run(x, t_b, jax.tree.map(lambda leaf, i=i: leaf[i], conds)))
     both = jnp.stack(found)
     if branches[0] is not None:
         both = lax.all_gather(both, GUIDANCE, tiled=True)
@@ -153,7 +152,7 @@ class _Weights:
         found, self._tree = jax.tree.flatten_with_path(network)
         self.leaves = [leaf for _, leaf in found]
         self.specs = [layout.spec(leaf.shape) for leaf in self.leaves]
-        self._in_stack = [getattr(keys[0], "name", None) == _STACK for keys, _ in found]
+        self._in_stack = [getattr(keys[0], "name", None) == host_memory.STACK for keys, _ in found]
 
     def gather(self, leaves: Sequence[Array]) -> tuple[Any, Fetch | None]:
         """Inside shard_map: the network, whole but for its stack, and what fetches a layer."""
@@ -162,13 +161,14 @@ class _Weights:
             self._tree,
             [leaf if later else _whole(leaf, tuple(spec)) for leaf, spec, later in items],
         )
+        bring = host_memory.fetch_of(network)
         # A layer's arrays have no axis of layers.
         of_layer = [tuple(spec)[1:] for _, spec, later in items if later]
         if not any(of_layer):
-            return network, None
+            return network, bring
 
         def fetch(layer: Any) -> Any:
-            own, tree = jax.tree.flatten(layer)
+            own, tree = jax.tree.flatten(layer if bring is None else bring(layer))
             return jax.tree.unflatten(
                 tree, [_whole(*pair) for pair in zip(own, of_layer, strict=True)]
             )

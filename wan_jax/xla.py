@@ -1,40 +1,58 @@
 """XLA settings that the product needs, in one place, and the jit that applies them."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from wan_jax import host_memory
+
 # GPU: without the NHWC layout cuDNN's 3D convolutions transpose input and output (1.4 to 1.9 times
-# slower on an H200). CPU: code motion would convert all layers of a bfloat16 stack to float32
-# before the scan, 18 GiB for UMT5-XXL.
-_GPU: dict[str, bool | str] = {"xla_gpu_force_conv_nhwc": True}
+# slower on an H200). Triton's products would leave the bias and the GELU to passes of their own,
+# and round in between; cuBLASLt's take them along (layers.linear). CPU: code motion would convert
+# all layers of a bfloat16 stack to float32 before the scan, 18 GiB for UMT5-XXL.
+_GPU: dict[str, bool | str] = {
+    "xla_gpu_force_conv_nhwc": True,
+    "xla_gpu_enable_triton_gemm": False,
+}
 _OPTIONS: dict[str, dict[str, bool | str]] = {
     "gpu": _GPU,
     "cuda": _GPU,
     "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
 }
+# GPU: for programs that read layers of weights from the host's memory. Without it a layer is not
+# copied before the computation of the one before is over.
+_STREAMING: dict[str, dict[str, bool | str]] = {
+    platform: {"xla_gpu_enable_pipelined_host_offloading": True} for platform in ("gpu", "cuda")
+}
 # v5p lets a kernel have 16 MiB of VMEM by default, and the tiles of attention.py need more. This is
 # for programs with attention: a convolution that may have it takes five times as long to compile.
 _ROOM: dict[str, bool | str] = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 _ATTENTION = {"TPU v5": _ROOM, "TPU v5p": _ROOM}
-# Triton would take the products of 8 bits first and widen their operands.
-_FP8: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 
 def compiler_options(
-    platform: str, kind: str = "", *, attention: bool = False, fp8: bool = False
+    platform: str, kind: str = "", *, attention: bool = False, streams: bool = False
 ) -> dict[str, bool | str]:
     """XLA options of every program for "gpu", "cpu" or "tpu", of devices of this kind.
 
-    attention: those of a program whose attention is as long as a video; fp8: of one that is given
-    weights of 8 bits.
+    attention: those of a program whose attention is as long as a video. streams: of one whose
+    weights lie in the host's memory.
     """
-    own = _ATTENTION.get(kind, {}) if attention else {}
-    return _OPTIONS.get(platform, {}) | own | (_FP8 if fp8 and platform in ("gpu", "cuda") else {})
+    options = _OPTIONS.get(platform, {}) | (_ATTENTION.get(kind, {}) if attention else {})
+    return options | (_STREAMING.get(platform, {}) if streams else {})
+
+
+def pin_host_memory() -> None:
+    """Let weights take all of the host's memory; to be called before JAX starts.
+
+    A GPU's client pins no more than 64 GiB for all its devices unless the environment says so.
+    """
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(max(64, size // 2**30)))
 
 
 class Traced(NamedTuple):
@@ -55,6 +73,12 @@ def traced_for() -> Traced:
     return Traced(device.platform, device.device_kind)
 
 
+def on_nvidia() -> bool:
+    """Whether what is being traced is for NVIDIA's GPUs."""
+    device = traced_for()
+    return device.platform == "gpu" and "NVIDIA" in device.kind.upper()
+
+
 def convolutions(dtype: str) -> lax.Precision:
     """The precision of float32 convolutions in a run in "bfloat16" or "float32".
 
@@ -66,7 +90,7 @@ def convolutions(dtype: str) -> lax.Precision:
 
 
 class Program:
-    """What jit() gives: called, or by on(device, arguments).trace(...) compiled ahead of time."""
+    """What jit() gives: called, or by on(device).trace(...) compiled ahead of time."""
 
     def __init__(
         self, function: Callable[..., Any], arguments: dict[str, Any], *, attention: bool
@@ -76,13 +100,13 @@ class Program:
         self._made: dict[tuple[str, str, bool], Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.on(_device(args), args)(*args, **kwargs)
+        return self.on(_device(args), streams=host_memory.lies_in(args))(*args, **kwargs)
 
-    def on(self, device: jax.Device, args: Any = ()) -> Any:
-        """What jax.jit() gives for devices of this kind and such arguments, or their shapes."""
-        key = device.platform, device.device_kind, _has_fp8(args)
+    def on(self, device: jax.Device, *, streams: bool = False) -> Any:
+        """What jax.jit() gives for devices of this kind; streams: as compiler_options() has it."""
+        key = device.platform, device.device_kind, streams
         if key not in self._made:
-            options = compiler_options(*key[:2], attention=self._attention, fp8=key[2])
+            options = compiler_options(*key[:2], attention=self._attention, streams=streams)
             self._made[key] = jax.jit(self._function, compiler_options=options, **self._arguments)
         return self._made[key]
 
@@ -94,10 +118,6 @@ def jit(function: Callable[..., Any], *, attention: bool = False, **arguments: A
     attention: whether it has attention as long as a video.
     """
     return Program(function, arguments, attention=attention)
-
-
-def _has_fp8(args: Any) -> bool:
-    return any(getattr(leaf, "dtype", None) == jnp.float8_e4m3fn for leaf in jax.tree.leaves(args))
 
 
 def _device(args: Any) -> jax.Device:

@@ -20,14 +20,15 @@ from tests.counting import collectives
 from tests.tpu_aot.chips import KERNEL
 from wan_jax import plans
 from wan_jax.config import T2V_14B
-from wan_jax.planning import costs, estimate, needs, programs, targets
+from wan_jax.planning import costs, estimate, memory, needs, programs, targets
+from wan_jax.planning.memory import Work
 from wan_jax.planning.needs import Case
 from wan_jax.plans import Plan
 from wan_jax.weights import sources
 
 pytest.importorskip("libtpu")
 
-WORK = programs.Work((21, 90, 160, 16), 50)
+WORK = Work((21, 90, 160, 16), 50)
 DIT = T2V_14B.dit
 # How the devices share a video; on v6e the weights do not fit beside all else and are split.
 SLICES = {
@@ -71,7 +72,7 @@ def peak_bytes(name: str, stage: str) -> int:
     """On a device, with what lies there beside the program."""
     case = case_of(name)
     used = estimate.used_bytes(*compiled(name, stage))
-    held = needs.held_bytes(case) if stage == "denoise" else 0
+    held = memory.held(case.setup, case.work) if stage == "denoise" else 0
     return needs.needs(case)[stage].weights + used + held
 
 

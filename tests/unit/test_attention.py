@@ -10,7 +10,7 @@ import pytest
 from tests import tolerances
 from tests.random_weights import relative_l2
 from wan_jax import attention as module
-from wan_jax import xla
+from wan_jax import cudnn, xla
 from wan_jax.attention import attention, merge, partial_attention
 
 
@@ -250,12 +250,88 @@ def test_for_a_gradient_cudnn_is_given_even_lengths(
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", without_a_gpu)
     operands = draw(*lengths)
-    assert relative_l2(module._cudnn(*operands), exact(*operands)) <= BOUNDS[jnp.float32]
+    assert relative_l2(cudnn.attend(*operands), exact(*operands)) <= BOUNDS[jnp.float32]
     assert given.pop() == (*lengths, False)
-    out, back = jax.vjp(jax.checkpoint(module._cudnn, policy=module.is_attention), *operands)
+    out, back = jax.vjp(jax.checkpoint(cudnn.attend, policy=module.is_attention), *operands)
     padded = [length + length % 2 for length in lengths]
     assert (*padded, padded != list(lengths)) in given
     assert relative_l2(out, exact(*operands)) <= BOUNDS[jnp.float32]
     _, wanted = jax.vjp(lambda *qkv: attention(*qkv, implementation="chunked"), *operands)
     for one, other in zip(back(out), wanted(out)):
         assert relative_l2(one, other) <= BOUNDS[jnp.float32]
+
+
+# Rows to spare
+
+
+def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """As if for an H200, with the chunked form for cuDNN's kernel; the lengths that it is given."""
+    given: list[tuple[int, int]] = []
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        given.append((q.shape[1], k.shape[1]))
+        return module._chunked(q, k, v)
+
+    monkeypatch.setattr(xla, "traced_for", lambda: xla.Traced("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(cudnn, "attend_with_weight", kernel)
+    return given
+
+
+@pytest.mark.parametrize("kind", ["any", "to the last key", "away from all", "to one key"])
+@pytest.mark.parametrize(("real", "spare"), [(129, 1), (80, 48), (129, 127), (1023, 1)])
+def test_rows_to_spare_are_not_attended_to(
+    real: int, spare: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is rounded twice, which shows where there are many of them."""
+    given = _on_a_card(monkeypatch)
+    rows = real + spare
+    q, k, v = draw(rows, rows)
+    along = q[:, :1, :, :] / jnp.linalg.norm(q[:, :1], axis=-1, keepdims=True)
+    if kind == "to the last key":  # its copies are nearly all of the softmax
+        k = k.at[:, real - 1].set(20 * along[:, 0])
+        q = q + 10 * along
+    elif kind == "away from all":  # scores near -100: zeros in their place would be all there is
+        k, q = k - 20 * along, q + 20 * along
+    elif kind == "to one key":
+        k = k.at[:, 5].set(40 * along[:, 0])
+        q = q + 10 * along
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    wanted = exact(q, k[:, :real], v[:, :real])
+    found = attention(q, k, v, count=real)
+    assert found.dtype == jnp.bfloat16 and given == [(rows, rows)]
+    plain = relative_l2(module._chunked(q, k[:, :real], v[:, :real])[0], wanted)
+    error = relative_l2(found, wanted)
+    assert error <= tolerances.ATTENTION_BFLOAT16 and error <= 1.5 * max(plain, 2.0**-9)
+    if kind == "any" and spare < real / 1000:
+        assert error <= 1.15 * plain
+    for other in ("chunked", None):
+        monkeypatch.undo()
+        assert relative_l2(attention(q, k, v, count=real, implementation=other), wanted) <= (
+            tolerances.ATTENTION_BFLOAT16
+        )
+
+
+def test_rows_to_spare_have_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    _on_a_card(monkeypatch)
+    monkeypatch.setattr(cudnn, "attend", lambda *qkv: module._chunked(*qkv)[0])
+    operands = draw(40, 40)
+
+    def cut(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return module._chunked(q, k[:, :33], v[:, :33])[0]
+
+    out, wanted = jax.vjp(cut, *operands)
+    again, found = jax.vjp(
+        lambda *qkv: attention(*qkv, count=33, implementation="cudnn"),
+        *(x.astype(jnp.bfloat16) for x in operands),
+    )
+    assert relative_l2(again, out) <= tolerances.ATTENTION_BFLOAT16
+    for one, other in zip(found(out.astype(jnp.bfloat16)), wanted(out)):
+        assert relative_l2(one, other) <= 2 * tolerances.ATTENTION_BFLOAT16
+    assert all(not np.any(gradient[:, 33:]) for gradient in found(again)[1:])
+
+
+def test_rows_pay_for_videos_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.row_tile(32_760, jnp.bfloat16) == 1
+    _on_a_card(monkeypatch)
+    assert module.row_tile(32_760, jnp.bfloat16) == 128
+    assert module.row_tile(32_760, jnp.float32) == module.row_tile(576, jnp.bfloat16) == 1

@@ -11,6 +11,7 @@ from tests.counting import collectives, products
 from wan_jax import vae
 from wan_jax.config import NANO_FLF2V, NANO_T2V, T2V_1_3B, T2V_14B, VAEConfig, WanConfig
 from wan_jax.planning import costs, programs, vae_costs
+from wan_jax.planning.memory import Work
 from wan_jax.plans import Plan
 from wan_jax.weights.sources import abstract_part
 
@@ -37,7 +38,7 @@ PLANS = (
 
 def traced(config: WanConfig, name: str, *, plan: Plan, grid: tuple[int, ...] = GRIDS[0]) -> object:
     """A stage's program with its arguments, in float32."""
-    work = programs.Work((grid[0], grid[1], grid[2], grid[3]), 20)
+    work = Work((grid[0], grid[1], grid[2], grid[3]), 20)
     made = programs.stages(config, work, plan=plan, devices=jax.devices(), dtype="float32")
     stage = made[name]()
     return stage.program.on(jax.devices()[0]).trace(*stage.arguments, **stage.options)
@@ -158,11 +159,8 @@ def test_bytes_of_weights_are_those_of_the_arrays(split: bool) -> None:
     assert own == costs.weight_bytes(network, 4 if split else 1)
 
 
-@pytest.mark.parametrize(
-    ("config", "tokens", "measured"), [(T2V_1_3B, 32760, 1.2), (T2V_14B, 75600, 5.5)]
-)
-def test_working_memory_is_near_what_an_h200_needs(
-    config: WanConfig, tokens: int, measured: float
-) -> None:
-    found = costs.dit_working_bytes(config.dit, tokens, Plan()) / GIB
-    assert found == pytest.approx(measured, rel=tolerances.COSTS_MEMORY)
+def test_working_memory_is_what_an_h200_needs() -> None:
+    """Of a forward of 14B as it compiles, in benchmarks/results/dit.json; of 1.3B it is less."""
+    large = costs.dit_working_bytes(T2V_14B.dit, 75600, Plan()) / GIB
+    assert large == pytest.approx(10.18, rel=tolerances.COSTS_PRINTED)
+    assert costs.dit_working_bytes(T2V_1_3B.dit, 32760, Plan()) / GIB > 1.3

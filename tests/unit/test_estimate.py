@@ -11,10 +11,10 @@ from tests import tolerances
 from tests.unit.conftest import TINY
 from wan_jax import plans, request
 from wan_jax.config import I2V_14B, NANO_FLF2V, NANO_T2V, T2V_1_3B, T2V_14B, WanConfig
-from wan_jax.planning import changes, estimate, needs, programs, targets
+from wan_jax.planning import changes, estimate, memory, needs, programs, targets
 from wan_jax.planning.estimate import Estimate
+from wan_jax.planning.memory import Work
 from wan_jax.planning.needs import Case
-from wan_jax.planning.programs import Work
 from wan_jax.planning.targets import Target
 from wan_jax.plans import Plan
 
@@ -151,9 +151,9 @@ def test_without_libtpu_a_slice_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_work_of_a_request() -> None:
     choice = {"size": (64, 32), "frames": 9, "steps": 3, "num_videos": 2}
-    found = programs.work_of(request.make_request(TINY, ["a cat", "a dog"], **choice))
+    found = memory.work_of(request.make_request(TINY, ["a cat", "a dog"], **choice))
     assert found == Work((3, 4, 8, 16), 3, branches=2, batch=4, texts=3)
-    alone = programs.work_of(request.make_request(TINY, "a cat", guidance=1.0, **choice))
+    alone = memory.work_of(request.make_request(TINY, "a cat", guidance=1.0, **choice))
     assert alone == Work((3, 4, 8, 16), 3, branches=1, batch=2, texts=1)
 
 
@@ -204,7 +204,7 @@ CHANGES = [
     ("h100:1", T2V_14B, LARGE, {}, "--offload_model True"),
     ("v6e:2x4", T2V_14B, LARGE, {}, "--dit_fsdp"),
     ("v5e:2x2", T2V_14B, SMALL, {}, "--t5_fsdp --dit_fsdp"),
-    ("h100:1", T2V_14B, WIDE, {"offload": True}, "2 devices (h100:2)"),
+    ("h100:1", T2V_14B, WIDE, {"offload": True}, "2 devices (h100:2) --dit_fsdp"),
     ("v5e:1x1", T2V_14B, LARGE, {"offload": True}, "4 devices (v5e:2x2) --dit_fsdp"),
     ("v5e:16x16", T2V_14B, HUGE, SPLIT, "--frame_num 21"),
 ]
@@ -297,7 +297,7 @@ def test_a_program_too_large_for_its_device_says_what_it_needs() -> None:
         def __init__(self, message: str) -> None:
             self.message = message
 
-        def on(self, device: jax.Device) -> "Failing":
+        def on(self, device: jax.Device, *, streams: bool) -> "Failing":
             raise jax.errors.JaxRuntimeError(self.message)
 
     message = (

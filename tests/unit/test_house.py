@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 # From left to right; modules in one entry do not know each other.
 ORDER = (
+    {"host_memory"},
     {
         "config",
         "xla",
@@ -28,7 +29,8 @@ ORDER = (
     {"sharding", "labels", "shipped"},
     {"media", "plans", "columns"},
     {"layers"},
-    {"rope", "attention", "vae_stages"},
+    {"rope", "cudnn", "vae_stages"},
+    {"attention"},
     {"vae_blocks", "patches", "sequence"},
     {"dit", "vae", "umt5", "clip"},
     {"spread"},
@@ -63,8 +65,10 @@ ORDER = (
     {"weights.export", "weights.miniature", "weights.lora_files", "weights.derived"},
     {"weights.adapters"},
     {"request", "streaming"},
-    {"planning.vae_memory"},
-    {"pipeline", "planning.targets", "planning.costs"},
+    {"planning.vae_memory", "planning.costs", "progress"},
+    {"planning.memory"},
+    {"planning.budget"},
+    {"pipeline", "planning.targets"},
     {"loading", "planning.programs", "planning.vae_costs"},
     {"planning.needs"},
     {"planning.estimate"},

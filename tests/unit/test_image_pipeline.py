@@ -391,7 +391,9 @@ def test_a_run_that_is_taken_up_again_gives_the_same_bits(
 def test_the_network_reads_the_sample_and_behind_it_what_is_known(passes: int) -> None:
     known = _known(1)
 
-    def network(x: Any, t_b: Any, cond: Any, *, implementation: str | None = None) -> Any:
+    def network(
+        x: Any, t_b: Any, cond: Any, *, implementation: str | None = None, fetch: None = None
+    ) -> Any:
         assert x.shape == (*SHAPE[:4], 9)
         return cond * x[..., :4] + x[..., 4:5] - 2 * x[..., 8:]
 

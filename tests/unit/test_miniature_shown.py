@@ -1,4 +1,4 @@
-"""The trained miniature that comes with the package shows what it is told.
+"""The trained miniatures that come with the package show what they are told.
 
 Of every other network the weights in the tests are random, and videos mean nothing.
 """
@@ -11,6 +11,7 @@ import pytest
 import wan_jax
 from tests import tolerances
 from wan_jax import shipped
+from wan_jax.config import KINDS
 from wan_jax.pipeline import Wan
 from wan_jax.training.miniature import captions, evaluate, judge, pack
 
@@ -41,10 +42,27 @@ def test_videos_show_what_captions_say(wan: Wan) -> None:
 def test_bfloat16_shows_what_float32_does(wan: Wan, tmp_path: Path) -> None:
     exact = wan_jax.load("mini-t2v", cache_dir=tmp_path, dtype="float32", offload=True)
     one, other = (x.generate(shipped.PROMPT, seed=0) for x in (wan, exact))
-    assert evaluate._psnr(one, other) >= tolerances.MINIATURE_BFLOAT16
+    assert evaluate.psnr(one, other) >= tolerances.MINIATURE_BFLOAT16
 
 
-def test_it_is_small() -> None:
+@pytest.mark.parametrize(("kind", "seed"), [("i2v", 1), ("flf2v", 2)])
+def test_videos_go_on_from_images(kind: str, seed: int, tmp_path: Path) -> None:
+    """The first frame is the given one, so is the last, and what lies between is the caption's."""
+    wan = wan_jax.load(f"mini-{kind}", cache_dir=tmp_path, offload=True)
+    scene = next(s for s in evaluate.held_out(8, 1) if s.size == wan.config.defaults.size)
+    drawn = evaluate.truth(scene)
+    given = dict(zip(("image", "last_image"), drawn[:: len(drawn) - 1][: wan.config.images]))
+    text = captions.caption(scene, np.random.default_rng(seed))
+    clip = wan.generate(text, seed=seed, **given)[0]
+    seen = judge.verdict(clip, scene)
+    assert all(seen.values()), (text, seen)
+    assert evaluate.psnr(clip[0], drawn[0]) >= tolerances.MINIATURE_FIRST_FRAME
+    if wan.config.images == 2:
+        assert evaluate.psnr(clip[-1], drawn[-1]) >= tolerances.MINIATURE_LAST_FRAME
+
+
+def test_they_are_small() -> None:
     files = [path for path in shipped.ASSETS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= pack.LIMIT
-    assert shipped.ASSETS / "t2v" / "model_index.json" in files
+    folders = {path.parent for path in files if path.name == "model_index.json"}
+    assert folders == {shipped.ASSETS / kind for kind in KINDS}

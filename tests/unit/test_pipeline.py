@@ -15,7 +15,7 @@ import wan_jax
 from tests import tolerances
 from tests.random_weights import relative_l2
 from tests.unit.conftest import TINY
-from wan_jax import loading, sampler, shipped
+from wan_jax import loading, sampler
 from wan_jax.config import NANO_T2V
 from wan_jax.noise import MAX_SEED, initial_noise
 from wan_jax.pipeline import Progress
@@ -400,19 +400,16 @@ def test_text_on_the_host_gives_the_same_latents(
     np.testing.assert_array_equal(_latents(host), _latents(wan))
 
 
-def test_nothing_gives_the_random_miniature(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_random_networks_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "none")
     said: list[str] = []
-    wan = wan_jax.load(offload=True, notify=said.append)
-    assert wan.config == NANO_T2V == loading.read_config(shipped.default())
+    wan = wan_jax.load("nano-t2v", offload=True, notify=said.append)
+    assert wan.config == NANO_T2V == loading.read_config("nano-t2v")
     assert loading.default_cache_dir() == tmp_path / "wan_jax"
     assert (tmp_path / "wan_jax" / miniature.name(NANO_T2V)).is_dir()
     assert "random weights" in said[0]
     again: list[str] = []
-    wan_jax.load(offload=True, notify=again.append)
+    wan_jax.load("nano-t2v", offload=True, notify=again.append)
     assert len(said) == 2
     assert again == said[:1]  # neither written nor converted a second time
 

@@ -166,7 +166,7 @@ def test_the_size_follows_an_image_that_is_given(show: Show) -> None:
     _, text = show("--task", "flf2v-14B", *frames, *target, images=True)
     assert text.startswith("81 frames of 1104x816 in 50 steps")
     _, text = show(*target, images=True)  # the miniature, with its own picture
-    assert text.startswith("17 frames of 128x80 in 20 steps")
+    assert text.startswith("33 frames of 160x96 in 20 steps")
 
 
 def test_a_checkpoint_that_is_there_tells_its_networks(tiny_source: Path, show: Show) -> None:

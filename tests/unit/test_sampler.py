@@ -84,8 +84,10 @@ def _scan(dit: Any, noise: jax.Array, schedule: Schedule, conds: Any, guidance: 
 def _line(function: Callable[[Any, Any, Any], Any]) -> Partial:
     """A network with velocity function(x, t of the first member, cond)."""
 
-    def network(x: Any, t_b: Any, cond: Any, *, implementation: str | None = None) -> Any:
-        assert implementation is None
+    def network(
+        x: Any, t_b: Any, cond: Any, *, implementation: str | None = None, fetch: None = None
+    ) -> Any:
+        assert implementation is fetch is None
         assert t_b.shape == x.shape[:1]
         return function(x, t_b[0], cond)
 

@@ -110,15 +110,36 @@ def test_one_branch_gives_the_same_latents(dit: DiT, plan: Plan) -> None:
     assert relative_l2(found, sample(dit, "75 tokens", branches=1)) <= tolerances.SPREAD
 
 
+@pytest.mark.parametrize("plan", [None, Plan(guidance=2), Plan(ulysses=2), Plan(ring=2)], ids=str)
+def test_rows_in_tiles_give_the_same_latents(
+    dit: DiT, alone: dict[str, jax.Array], plan: Plan | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def tile(tokens: int, dtype: jnp.dtype) -> int:
+        asked.append(tokens)
+        return 64
+
+    monkeypatch.setattr(sequence, "row_tile", tile)
+    jax.clear_caches()  # programs of another tile
+    layout = None if plan is None else layout_of(plan)
+    found = sample(dit, "75 tokens", layout=layout)
+    assert relative_l2(found, alone["75 tokens"]) <= tolerances.SPREAD
+    assert set(asked) == (set() if plan == Plan(ring=2) else {75})
+    jax.clear_caches()
+
+
 def test_each_device_of_the_guidance_holds_its_branch_only(dit: DiT) -> None:
     placed = spread.place(conditions(dit, 2), layout_of(Plan(guidance=2, ulysses=2)))
     assert all(leaf.addressable_shards[0].data.shape[0] == 1 for leaf in jax.tree.leaves(placed))
 
 
+@pytest.mark.parametrize("tile", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 5, 8, 11])
-def test_a_share_and_its_join_are_each_others_reverse(tokens: int) -> None:
+def test_a_share_and_its_join_are_each_others_reverse(tokens: int, tile: int) -> None:
     layout = layout_of(Plan(ring=2, ulysses=2))
-    share = sequence.Share(tokens, 2, 2)
+    share = sequence.Share(tokens, 2, 2, tile)
+    assert share.rows % tile == 0
     x = jnp.arange(3 * tokens, dtype=jnp.float32).reshape(3, tokens)
 
     def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -31,8 +31,15 @@ class _Change(NamedTuple):
 
 def smallest(found: Estimate) -> str | None:
     """The first change by which a video fits; None if none of those that are known does."""
-    tried = (change for change in _all(found.case) if changed(found, change.case).fits)
+    tried = (change for change in _all(found.case) if _fits(found, change.case))
     return next((change.text for change in tried), None)
+
+
+def _fits(found: Estimate, case: Case) -> bool:
+    try:
+        return changed(found, case).fits
+    except ValueError:  # a limit of memory that it cannot keep
+        return False
 
 
 def _all(case: Case) -> Iterator[_Change]:

@@ -12,10 +12,10 @@ from absl import flags
 
 from wan_jax import devices, hosts, jobs
 from wan_jax.cli import say
-from wan_jax.planning import changes, programs, targets
+from wan_jax.planning import changes, targets
 from wan_jax.planning.estimate import Estimate, Row, estimate
+from wan_jax.planning.memory import Work, work_of
 from wan_jax.planning.needs import Case
-from wan_jax.planning.programs import Work
 from wan_jax.planning.targets import Target
 
 _GIB = 2**30
@@ -50,7 +50,7 @@ def show(values: flags.FlagValues, configs: Path) -> NoReturn:
     # For the devices at hand what the run itself would go by.
     memory = devices.memory() if target.at_hand else target.memory
     plan = devices.choose(values, config, count=target.number, guided=guided, memory=memory)
-    works = Counter(programs.work_of(job.request) for job in wanted)
+    works = Counter(work_of(job.request) for job in wanted)
     fits = True
     for work, count in works.items():
         case = Case(
@@ -66,7 +66,7 @@ def show(values: flags.FlagValues, configs: Path) -> NoReturn:
             quantize=values.quantize,
         )
         try:
-            case.room.check(config, work.latent_shape)
+            _ = case.setup
         except ValueError as error:
             raise ValueError(f"--{error}") from error
         found = estimate(case, callback=lambda stage: say(f"compiling {stage}"))
@@ -151,6 +151,7 @@ def _notes(found: Estimate) -> list[str]:
         own = "activations" if all_of_them else f"{notes[0]}, of {', '.join(formula)}"
         notes = [f"{own} by formula"]
     notes[0] += "; TFLOP and GB sent by formula"
+    notes += _streamed(found)
     if chip is None:
         return [*notes, "seconds are not known of these devices"]
     origin = "estimated" if chip.platform == "tpu" else "measured on an H200"
@@ -165,6 +166,20 @@ def _notes(found: Estimate) -> list[str]:
         f"{origin}, and memory at {chip.bandwidth / 1e12:.2f} TB/s; then what is sent at "
         f"{chip.link / 1e9:.0f} GB/s, none of it hidden",
         f"a step takes about {_number(denoise / found.case.work.steps)} s",
+    ]
+
+
+def _streamed(found: Estimate) -> list[str]:
+    """What of the networks lies in the host's memory, and what that sends to a device."""
+    setup, chip = found.case.setup, found.case.target.chip
+    if not setup.streamed:
+        return []
+    sizes = (f"{part} {_gib(setup.brought(part))} GiB" for part in setup.streamed)
+    brought = sum(row.need.brought for row in found.rows)
+    rate = "" if chip is None else f" at {chip.host / 1e9:.0f} GB/s, under all that is computed"
+    return [
+        f"in the host's memory: {', '.join(sizes)}, of which two layers are on a device at a time; "
+        f"{_number(brought / 1e9)} GB come from there{rate}"
     ]
 
 

@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
+from wan_jax import host_memory
 from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config
 from wan_jax.plans import Plan
 from wan_jax.sequence import Share
 from wan_jax.sharding import AXES, weight_spec
+from wan_jax.weights import trees
 
 # The weights of a block that its keys and values of the text are made by, once a prompt.
 _ONCE = ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img")
@@ -102,14 +102,30 @@ def views(config: CLIPConfig) -> Flops:
 # Memory
 
 
-def weight_bytes(network: Any, devices: int = 1) -> int:
+def weight_bytes(network: Any, devices: int = 1, *, streamed: bool = False) -> int:
     """Bytes of a network's weights on a device, whole or split over so many.
 
     network: a module with shapes for arrays. Small arrays and those that do not divide are whole.
+    streamed: without those that then lie in the host's memory.
     """
     return sum(
-        _bytes(leaf) // (devices if _is_split(leaf, devices) else 1)
-        for leaf in jax.tree.leaves(network)
+        _own_bytes(leaf, devices)
+        for names, leaf in _leaves(network)
+        if not (streamed and _is_streamed(names))
+    )
+
+
+def streamed_bytes(
+    network: Any, devices: int, wanted: Callable[[list[str]], bool] = lambda _: True
+) -> int:
+    """Bytes of weights in the host's memory of a streamed network, those of one device of so many.
+
+    wanted: of a weight's names, from the outside in, whether it is read.
+    """
+    return sum(
+        _own_bytes(leaf, devices)
+        for names, leaf in _leaves(network)
+        if _is_streamed(names) and wanted(names)
     )
 
 
@@ -126,15 +142,19 @@ def gathered_bytes(network: Any, devices: int, wanted: Callable[[list[str]], boo
     return total
 
 
-def dit_working_bytes(config: DiTConfig, tokens: int, plan: Plan) -> int:
+def dit_working_bytes(config: DiTConfig, tokens: int, plan: Plan, *, itemsize: int = 2) -> int:
     """Bytes of activations that a block needs at once on a device.
 
-    l (12 d + 2 f) for l tokens of width d and hidden width f: the residual stream in float32 before
-    and after (8 d), the hidden values (2 f), and q, k and v or what goes into the hidden layer and
-    comes out. Measured on an H200: 5.5 GiB where this gives 6.3, and 1.1 to 1.3 where it gives 1.1.
+    l (12 d + 6 f) for l tokens of width d and hidden width f: the residual stream in float32 before
+    and after (8 d), the hidden values in float32 and as the next product takes them (6 f), and q, k
+    and v or what goes into the hidden layer and comes out. itemsize: of what products take, 2 here.
+    Of 14B at 75,600 tokens it gives 10.2 GiB, which a TPU v6e needs, too. Of narrower networks, and
+    on NVIDIA, it is more than what is needed where hidden values are fused: of 1.3B at 32,760
+    tokens 2.2 GiB, and a forward as it compiles for an H200 takes 1.1, of 14B 5.9.
     """
     rows = Share(tokens, plan.ring, plan.ulysses).rows
-    return rows * (12 * config.dim + 2 * config.ffn_dim)
+    d, f = config.dim, config.ffn_dim
+    return rows * (8 * d + itemsize * (2 * d + f) + 4 * f)
 
 
 def own_branches(plan: Plan, branches: int) -> int:
@@ -142,11 +162,13 @@ def own_branches(plan: Plan, branches: int) -> int:
     return 1 if plan.guidance > 1 else branches
 
 
-def condition_bytes(config: DiTConfig, *, images: int, plan: Plan, branches: int) -> int:
-    """Bytes of the text's and the images' keys and values on a device, bfloat16."""
+def condition_bytes(
+    config: DiTConfig, *, images: int, plan: Plan, branches: int, itemsize: int = 2
+) -> int:
+    """Bytes of the text's and the images' keys and values on a device."""
     own = own_branches(plan, branches)
     rows = config.text_len + images
-    return own * config.num_layers * rows * config.dim * 2 * 2
+    return own * config.num_layers * rows * config.dim * 2 * itemsize
 
 
 def dit_traffic(config: DiTConfig, tokens: int, *, weights: int, plan: Plan) -> float:
@@ -215,12 +237,20 @@ def _in_step(names: list[str], *, layer: bool) -> bool:
 
 def _split_leaves(network: Any, devices: int) -> list[tuple[list[str], Any]]:
     """The weights that are split, with their names from the outside in."""
-    found, _ = jax.tree.flatten_with_path(network)
-    return [
-        ([str(getattr(key, "name", key)) for key in keys], leaf)
-        for keys, leaf in found
-        if _is_split(leaf, devices)
-    ]
+    return [(names, leaf) for names, leaf in _leaves(network) if _is_split(leaf, devices)]
+
+
+def _leaves(network: Any) -> list[tuple[list[str], Any]]:
+    """The weights with their names."""
+    return [(path.split("."), leaf) for path, leaf in trees.flatten(network).items()]
+
+
+def _is_streamed(names: list[str]) -> bool:
+    return host_memory.is_streamed(".".join(names))
+
+
+def _own_bytes(leaf: Any, devices: int) -> int:
+    return _bytes(leaf) // (devices if _is_split(leaf, devices) else 1)
 
 
 def _is_split(leaf: Any, devices: int) -> bool:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from wan_jax.planning import programs
-from wan_jax.planning.needs import PART_OF, Case, Need, held_bytes, needs
+from wan_jax.planning import memory, programs
+from wan_jax.planning.budget import PART_OF
+from wan_jax.planning.needs import Case, Need, needs
 
 # What libtpu says of a program that is too large: how much it needs, in GiB.
 _TOO_LARGE = re.compile(r"\(([\d.]+)G\) exceeds|Used ([\d.]+)G of")
@@ -90,8 +91,9 @@ def changed(found: Estimate, case: Case) -> Estimate:
 def _scaled(row: Row, need: Need) -> Row:
     activations = need.activations
     if row.compiled:
-        ratio = need.working / max(1, row.need.working)
-        activations = int(max(0, row.activations - row.need.gathered) * ratio) + need.gathered
+        now, before = need.memory, row.need.memory
+        ratio = now.working / max(1, before.working)
+        activations = int(max(0, row.activations - before.fetched) * ratio) + now.fetched
     return Row(row.stage, need.weights, activations, need, row.compiled)
 
 
@@ -99,7 +101,7 @@ def _compiled(
     case: Case, wanted: Collection[str], callback: Callable[[str], None] | None
 ) -> Iterator[tuple[str, int]]:
     """(stage, bytes beside the weights) of each program."""
-    devices = case.target.devices()
+    devices, setup = case.target.devices(), case.setup
     found = programs.stages(
         case.config,
         case.work,
@@ -108,6 +110,7 @@ def _compiled(
         dtype=case.dtype,
         vae_dtype=case.vae_dtype,
         quantize=case.quantize,
+        streamed=setup.streamed,
     )
     for name, make in found.items():
         if name not in wanted or (case.text_on_cpu and PART_OF[name] == "umt5"):
@@ -115,7 +118,7 @@ def _compiled(
         if callback is not None:
             callback(name)
         used = program_bytes(make(), devices[0])
-        yield name, used + (held_bytes(case) if name == "denoise" else 0)
+        yield name, used + (memory.held(setup, case.work) if name == "denoise" else 0)
 
 
 def program_bytes(stage: programs.Stage, device: jax.Device) -> int:
@@ -131,15 +134,16 @@ def used_bytes(stage: programs.Stage, program: jax.stages.Compiled) -> int:
     """The same of a program that is compiled.
 
     The compiler counts arguments as they lie, with padding, and without those that the program
-    never reads, which lie there too.
+    never reads, which lie there too. Those in the host's memory it counts apart, if it knows one.
     """
-    memory: Any = program.memory_analysis()
+    found: Any = program.memory_analysis()
     leaves, formats = jax.tree.leaves(stage.arguments), jax.tree.leaves(program.input_formats[0])
     unread = [leaf for leaf, lies in zip(leaves, formats, strict=True) if lies.layout is None]
-    given = memory.argument_size_in_bytes + programs.own_bytes(unread)
-    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    return int(given - stage.weight_bytes + made + temporary)
+    given = found.argument_size_in_bytes + found.host_argument_size_in_bytes
+    beside = given + programs.own_bytes(unread) - programs.own_bytes(stage.arguments[0])
+    made = found.output_size_in_bytes - found.alias_size_in_bytes
+    temporary = found.temp_size_in_bytes + found.generated_code_size_in_bytes
+    return int(beside + made + temporary)
 
 
 def _needed(stage: programs.Stage, error: Exception) -> int:

@@ -4,30 +4,16 @@ Where programs are compiled, their memory takes the place of what is working mem
 formulas then tell how it changes with another plan or a smaller video.
 """
 
-import functools
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import jax.numpy as jnp
+from typing import NamedTuple
 
 from wan_jax.config import WanConfig
-from wan_jax.planning import costs, vae_costs, vae_memory
+from wan_jax.planning import budget, costs, memory, vae_costs
+from wan_jax.planning.budget import PART_OF, Budget
 from wan_jax.planning.costs import Flops
-from wan_jax.planning.programs import Work
-from wan_jax.planning.targets import Chip, Target
+from wan_jax.planning.memory import Memory, Setup, Work
+from wan_jax.planning.targets import Target
 from wan_jax.planning.vae_memory import Coding, Kind, Room
 from wan_jax.plans import Plan
-from wan_jax.weights.sources import abstract_part
-
-PART_OF = {
-    "text": "umt5",
-    "views": "clip",
-    "image": "vae",
-    "conditions": "dit",
-    "denoise": "dit",
-    "decode": "vae",
-}
 
 
 class Case(NamedTuple):
@@ -45,18 +31,29 @@ class Case(NamedTuple):
     quantize: str | None = None
 
     @property
-    def room(self) -> Room:
-        """What the VAE is given of the devices."""
-        return vae_memory.room(
-            self.max_memory,
+    def setup(self) -> Setup:
+        """How the devices hold the checkpoint; with a limit of memory what of it is streamed.
+
+        Raises ValueError for a limit that the video cannot keep.
+        """
+        setup = Setup(
             self.config,
+            self.plan,
             dtype=self.dtype,
             vae_dtype=self.vae_dtype,
             offload=self.offload,
             text_on_cpu=self.text_on_cpu,
-            plan=self.plan,
             quantize=self.quantize,
         )
+        if self.max_memory is None:
+            return setup
+        streamed = Budget(self.max_memory, setup).streamed([self.work])
+        return setup._replace(streamed=streamed)
+
+    @property
+    def room(self) -> Room:
+        """What the VAE is given of the devices."""
+        return budget.room(self.setup, self.max_memory)
 
     def coding(self, stage: str) -> Coding:
         """What the VAE does in the stage "image" or "decode"."""
@@ -72,126 +69,75 @@ class Case(NamedTuple):
 
 
 class Need(NamedTuple):
-    """Of one stage and one device. weights: bytes of all networks that are there meanwhile.
+    """Of one stage and one device. memory: its bytes. flops, sent: of the whole stage.
 
-    working: bytes of activations. gathered: of split weights that are whole for a while. flops,
-    sent: of the whole stage. seconds: None if nothing is known of the device.
+    brought: bytes of streamed weights that come from the host's memory in it. seconds: None if
+    nothing is known of the device.
     """
 
-    weights: int
-    working: int
-    gathered: int
+    memory: Memory
     flops: Flops
     sent: int
     seconds: float | None
+    brought: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all networks that are there meanwhile."""
+        return self.memory.weights
 
     @property
     def activations(self) -> int:
         """Bytes beside the weights."""
-        return self.working + self.gathered
+        return self.memory.activations
 
 
 def needs(case: Case) -> dict[str, Need]:
     """{stage: what it needs}, in the order in which they run."""
-    config = case.config
-    kinds = case.dtype, case.vae_dtype, case.quantize
-    parts = {part: _network(config, part, *kinds) for part in config.dit.parts}
-    found = {"text": _text(case, parts)}
-    if config.clip is not None:
-        found |= {"views": _views(case, parts), "image": _image(case, parts)}
+    setup = case.setup
+    found = {"text": _text(case, setup)}
+    if case.config.clip is not None:
+        found |= {"views": _views(case, setup), "image": _image(case, setup)}
     return found | {
-        "conditions": _conditions(case, parts),
-        "denoise": _denoise(case, parts),
-        "decode": _decode(case, parts),
+        "conditions": _conditions(case, setup),
+        "denoise": _denoise(case, setup),
+        "decode": _decode(case, setup),
     }
 
 
-def held_bytes(case: Case) -> int:
-    """Bytes that lie on a device beside the denoising program: the conditions as they were made.
-
-    Of several devices they are whole on each until the last step, and the program is given a copy
-    of its own branches.
-    """
-    if case.plan.devices == 1:
-        return 0
-    images = costs.image_tokens(case.config.dit, case.config.clip)
-    whole = Plan()
-    return case.work.batch * costs.condition_bytes(
-        case.config.dit, images=images, plan=whole, branches=case.work.branches
-    )
-
-
-@functools.cache
-def _network(config: WanConfig, part: str, dtype: str, vae_dtype: str, quantize: str | None) -> Any:
-    return abstract_part(getattr(config, part), jnp.dtype(dtype), jnp.dtype(vae_dtype), quantize)
-
-
-def _resident(case: Case, parts: Mapping[str, Any], part: str) -> int:
-    """Bytes of weights on a device during a stage of this network."""
-    there = [part] if case.offload else list(parts)
-    return sum(
-        costs.weight_bytes(parts[name], _shares(case, name))
-        for name in there
-        if not (name == "umt5" and case.text_on_cpu)
-    )
-
-
-def _shares(case: Case, part: str) -> int:
-    """Among how many devices a network's weights are split."""
-    return case.plan.devices if part in case.plan.split else 1
-
-
-def _gathered(
-    case: Case,
-    parts: Mapping[str, Any],
-    part: str,
-    wanted: Callable[[list[str]], bool] = lambda _: True,
-) -> int:
-    shares = _shares(case, part)
-    return costs.gathered_bytes(parts[part], shares, wanted) if shares > 1 else 0
-
-
-def _text(case: Case, parts: Mapping[str, Any]) -> Need:
-    config, s = case.config.umt5, case.config.dit.text_len
-    weights = _resident(case, parts, "umt5")
+def _text(case: Case, setup: Setup) -> Need:
+    found, network = memory.text(setup), setup.network("umt5")
     if case.text_on_cpu:
-        return Need(weights, 0, 0, Flops(), 0, None)
-    size = _itemsize(case)
-    scores = config.num_heads * s * s * (4 + 4 + size)
-    working = scores + s * (4 * config.dim + 3 * config.ffn_dim) * size
-    flops, shares = costs.text(config, s).times(case.work.texts), _shares(case, "umt5")
-    sent = case.work.texts * costs.sent_weights(parts["umt5"], shares, lambda _: True)
-    traffic = case.work.texts * costs.weight_bytes(parts["umt5"])
-    gathered = _gathered(case, parts, "umt5")
-    return Need(weights, working, gathered, flops, sent, _seconds(case, flops, traffic, sent))
+        return Need(found, Flops(), 0, None)
+    shares, texts = setup.shares("umt5"), case.work.texts
+    flops = costs.text(case.config.umt5, case.config.dit.text_len).times(texts)
+    sent = texts * costs.sent_weights(network, shares, lambda _: True)
+    brought = texts * setup.brought("umt5")
+    traffic = texts * costs.weight_bytes(network)
+    return Need(found, flops, sent, _seconds(case, flops, traffic, sent, brought), brought)
 
 
-def _views(case: Case, parts: Mapping[str, Any]) -> Need:
+def _views(case: Case, setup: Setup) -> Need:
     config = case.config.clip
     assert config is not None
-    count = case.config.images
-    flops = costs.views(config).times(count)
-    rows = count * config.num_tokens
-    working = rows * (8 * config.dim + config.ffn_dim) * 4
-    seconds = _seconds(case, flops, costs.weight_bytes(parts["clip"]), 0)
-    return Need(_resident(case, parts, "clip"), working, 0, flops, 0, seconds)
+    flops = costs.views(config).times(case.config.images)
+    seconds = _seconds(case, flops, costs.weight_bytes(setup.network("clip")), 0)
+    return Need(memory.views(setup), flops, 0, seconds)
 
 
-def _image(case: Case, parts: Mapping[str, Any]) -> Need:
+def _image(case: Case, setup: Setup) -> Need:
     coding = case.coding("image")
     cost = vae_costs.encode(coding.config, coding.latent_shape, devices=coding.devices)
-    return _of_vae(case, parts, cost, coding, videos=1)
+    return _of_vae(case, setup, cost, coding, videos=1)
 
 
-def _decode(case: Case, parts: Mapping[str, Any]) -> Need:
+def _decode(case: Case, setup: Setup) -> Need:
     coding = case.coding("decode")
     cost = vae_costs.decode(coding.config, coding.latent_shape, devices=coding.devices)
-    return _of_vae(case, parts, cost, coding, videos=case.work.batch)
+    return _of_vae(case, setup, cost, coding, videos=case.work.batch)
 
 
-def _of_vae(
-    case: Case, parts: Mapping[str, Any], cost: vae_costs.Cost, coding: Coding, *, videos: int
-) -> Need:
+def _of_vae(case: Case, setup: Setup, cost: vae_costs.Cost, coding: Coding, *, videos: int) -> Need:
     """videos: so many, one after the other."""
     tiling = case.room.best(coding)
     tiles = coding.tiles(tiling)
@@ -199,48 +145,30 @@ def _of_vae(
     # is little.
     again = len(tiles.places()) * tiles.window / tiles.width
     flops, sent = cost.flops.times(videos * again), cost.sent * videos
-    return Need(
-        _resident(case, parts, "vae"),
-        coding.working_bytes(tiling),
-        0,
-        flops,
-        sent,
-        _seconds(case, flops, 0, sent),
-    )
+    found = Memory(setup.resident("vae"), coding.working_bytes(tiling))
+    return Need(found, flops, sent, _seconds(case, flops, 0, sent))
 
 
-def _conditions(case: Case, parts: Mapping[str, Any]) -> Need:
-    config, work = case.config.dit, case.work
+def _conditions(case: Case, setup: Setup) -> Need:
+    config, work, network = case.config.dit, case.work, setup.network("dit")
     images = costs.image_tokens(config, case.config.clip)
     flops = costs.conditions(config, images=images).times(work.branches * work.batch)
-    shares = _shares(case, "dit")
-    sent = costs.conditions_sent(parts["dit"], shares) * work.branches
-    rows = config.text_len + images
-    working = held_bytes(case) + work.batch * rows * config.dim * 16
-    traffic = costs.weight_bytes(parts["dit"]) // 4  # of a block the keys and values only
-    return Need(
-        _resident(case, parts, "dit"),
-        working,
-        _gathered(case, parts, "dit", costs.once),
-        flops,
-        sent,
-        _seconds(case, flops, traffic, sent),
-    )
+    sent = costs.conditions_sent(network, setup.shares("dit")) * work.branches
+    brought = work.branches * setup.brought("dit", costs.once)
+    traffic = costs.weight_bytes(network) // 4  # of a block the keys and values only
+    seconds = _seconds(case, flops, traffic, sent, brought)
+    return Need(memory.conditions(setup, work), flops, sent, seconds, brought)
 
 
-def _denoise(case: Case, parts: Mapping[str, Any]) -> Need:
+def _denoise(case: Case, setup: Setup) -> Need:
     config, work, plan = case.config.dit, case.work, case.plan
+    network = setup.network("dit")
     images = costs.image_tokens(config, case.config.clip)
     tokens = costs.tokens_of(config, work.latent_shape)
     videos = -(-work.batch // plan.batch)
-    forwards = work.steps * costs.own_branches(plan, work.branches) * videos
+    branches = costs.own_branches(plan, work.branches)
+    forwards = work.steps * branches * videos
     flops = costs.dit(config, tokens, images=images, plan=plan).times(forwards)
-    latents = work.batch * math.prod(work.latent_shape) * 4
-    given = 4 * latents + videos * costs.condition_bytes(
-        config, images=images, plan=plan, branches=work.branches
-    )
-    # The velocities of both branches and what they are joined into.
-    working = given + 3 * latents + videos * costs.dit_working_bytes(config, tokens, plan)
     sent = (
         work.steps
         * videos
@@ -249,34 +177,28 @@ def _denoise(case: Case, parts: Mapping[str, Any]) -> Need:
             work.latent_shape,
             plan=plan,
             branches=work.branches,
-            network=parts["dit"],
-            itemsize=_itemsize(case),
+            network=network,
+            itemsize=setup.itemsize,
         )
     )
     traffic = forwards * costs.dit_traffic(
-        config, tokens, weights=costs.weight_bytes(parts["dit"]), plan=plan
+        config, tokens, weights=costs.weight_bytes(network), plan=plan
     )
-    return Need(
-        _resident(case, parts, "dit"),
-        working + held_bytes(case),
-        _gathered(case, parts, "dit", lambda names: not costs.once(names)),
-        flops,
-        sent,
-        _seconds(case, flops, traffic, sent),
-    )
+    # All videos of a batch are one forward.
+    brought = work.steps * branches * setup.brought("dit", lambda names: not costs.once(names))
+    seconds = _seconds(case, flops, traffic, sent, brought)
+    return Need(memory.denoise(setup, work), flops, sent, seconds, brought)
 
 
-def _itemsize(case: Case) -> int:
-    return int(jnp.dtype(case.dtype).itemsize)
-
-
-def _seconds(case: Case, flops: Flops, traffic: float, sent: int) -> float | None:
-    """The roofline: products at the shares that they reach or memory, whichever takes longer, and
-    then what devices tell each other, as if nothing of it were hidden.
+def _seconds(case: Case, flops: Flops, traffic: float, sent: int, brought: int = 0) -> float | None:
+    """The roofline: what takes longest of products at the shares that they reach, memory and what
+    comes from the host, under which all else is computed; and then what devices tell each other, as
+    if nothing of it were hidden.
     """
-    chip: Chip | None = case.target.chip
+    chip = case.target.chip
     if chip is None:
         return None
     shares = chip.attention, chip.linear, chip.conv
     computed = sum(n / (chip.flops * share) for n, share in zip(flops, shares, strict=True))
-    return max(computed, traffic / chip.bandwidth) + sent / chip.link
+    slowest = max(computed, traffic / chip.bandwidth, brought / chip.host)
+    return slowest + sent / chip.link

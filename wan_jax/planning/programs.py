@@ -5,40 +5,27 @@ not be there. No weight is read.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wan_jax import pipeline, sampler, spread, streaming, umt5, vae, xla
+from wan_jax import host_memory, pipeline, sampler, spread, streaming, umt5, vae, xla
 from wan_jax.columns import SPLIT
 from wan_jax.config import WanConfig
 from wan_jax.dit import DiT
 from wan_jax.planning.costs import image_tokens
+from wan_jax.planning.memory import Work
 from wan_jax.plans import Plan
-from wan_jax.request import Request
 from wan_jax.schedulers import Row
 from wan_jax.sharding import Layout
+from wan_jax.weights import trees
 from wan_jax.weights.sources import abstract_part
 
 Shape = jax.ShapeDtypeStruct
 STAGES = ("text", "views", "image", "conditions", "denoise", "decode")
-
-
-class Work(NamedTuple):
-    """What is asked for, as far as programs know it.
-
-    latent_shape: [t, h, w, c]. branches: 2 with guidance, else 1. batch: videos at once. texts: to
-    encode.
-    """
-
-    latent_shape: tuple[int, int, int, int]
-    steps: int
-    branches: int = 2
-    batch: int = 1
-    texts: int = 2
 
 
 class Stage(NamedTuple):
@@ -52,23 +39,17 @@ class Stage(NamedTuple):
 
     def compile(self, device: jax.Device) -> jax.stages.Compiled:
         """The program compiled for devices of this kind; RuntimeError if they lack the memory."""
-        traced = self.program.on(device, self.arguments).trace(*self.arguments, **self.options)
+        streams = host_memory.lies_in(self.arguments)
+        traced = self.program.on(device, streams=streams).trace(*self.arguments, **self.options)
         # A TPU that is not there is not what jax would lower for.
         platforms = ("tpu",) if device.platform == "tpu" else None
         return traced.lower(lowering_platforms=platforms).compile()
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the network's weights on a device."""
-        return own_bytes(self.arguments[0])
-
-
-def work_of(request: Request) -> Work:
-    """The work of a request."""
-    batch, *_ = request.noise_shape
-    branches = 1 if request.guidance == 1.0 else 2
-    steps = len(request.schedule.table)
-    return Work(request.latent_shape, steps, branches, batch, len(request.texts))
+        """Bytes of the network's weights on a device, in its own memory."""
+        leaves = jax.tree.leaves(self.arguments[0])
+        return own_bytes([leaf for leaf in leaves if not host_memory.lies_in(leaf)])
 
 
 def stages(
@@ -79,14 +60,17 @@ def stages(
     devices: Sequence[jax.Device],
     dtype: str,
     vae_dtype: str = "float32",
+    streamed: Collection[str] = (),
     quantize: str | None = None,
 ) -> dict[str, Callable[[], Stage]]:
     """{name: function that gives the stage} of STAGES, as many as this checkpoint has.
 
-    devices: to compile for.
+    devices: to compile for. streamed: the networks whose stacks lie in the host's memory.
     """
     layout = plan.layout(devices)
-    own = _Builder(config, work, plan, layout, dtype, jnp.dtype(vae_dtype), quantize)
+    own = _Builder(
+        config, work, plan, layout, dtype, jnp.dtype(vae_dtype), tuple(streamed), quantize
+    )
     found: dict[str, Callable[[], Stage]] = {"text": own.text}
     if config.clip is not None:
         found |= {"views": own.views, "image": own.image}
@@ -100,6 +84,7 @@ class _Builder(NamedTuple):
     layout: Layout
     dtype: str
     vae_dtype: jnp.dtype
+    streamed: tuple[str, ...]
     quantize: str | None
 
     def text(self) -> Stage:
@@ -134,7 +119,8 @@ class _Builder(NamedTuple):
         network, layout = self._network("dit")
         own, batch, count = self.work, self.work.batch, self.work.branches
         where = NamedSharding(layout.mesh, spread.of_branches(count, layout))
-        one = jax.eval_shape(DiT.prepare, network, *self._prepared())
+        whole = abstract_part(self.config.dit, jnp.dtype(self.dtype))
+        one = jax.eval_shape(DiT.prepare, whole, *self._prepared())
         conds = jax.tree.map(
             lambda leaf: Shape((count, *leaf.shape), leaf.dtype, sharding=where), one
         )
@@ -163,7 +149,8 @@ class _Builder(NamedTuple):
         layout = self.layout.of_weights(split=part in self.plan.split)
         own = getattr(self.config, part)
         network = abstract_part(own, jnp.dtype(self.dtype), self.vae_dtype, self.quantize)
-        return jax.tree.map(_lying, network, layout.weights(network)), layout
+        lying = jax.tree.map(_lying, network, layout.weights(network))
+        return (_streamed(lying) if part in self.streamed else lying), layout
 
     def _prepared(self) -> tuple[Shape, ...]:
         """What DiT.prepare() is given beside the network, for all videos."""
@@ -187,12 +174,20 @@ class _Builder(NamedTuple):
         return Shape(shape, dtype, sharding=NamedSharding(self.layout.mesh, PartitionSpec()))
 
 
-def _lying(leaf: Any, where: NamedSharding) -> Shape:
+def _lying(leaf: Any, where: jax.sharding.Sharding) -> Shape:
     return Shape(leaf.shape, leaf.dtype, sharding=where)
 
 
+def _streamed(network: Any) -> Any:
+    """The shapes of a network with those of its stack in the host's memory."""
+    leaves: dict[str, Any] = trees.flatten(network)
+    for name, leaf in leaves.items():
+        leaves[name] = _lying(leaf, host_memory.where(name, leaf.sharding))
+    return trees.fill(network, leaves)
+
+
 def own_bytes(tree: Any) -> int:
-    """Bytes of shapes on each of the devices that they lie on."""
+    """Bytes of shapes on each of the devices that they lie on, in whichever memory."""
     return sum(
         math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))
         * leaf.dtype.itemsize

@@ -22,7 +22,8 @@ class Chip(NamedTuple):
     kinds: what jax calls it, for GPUs a part of that. dims: numbers in a topology; 0 where devices
     are only counted. cores: devices to a chip. flops: bfloat16 products a second, dense. memory:
     bytes that programs have. bandwidth: bytes a second of it. link: bytes a second that a device
-    can send to others. attention, linear, conv: shares of flops that are reached.
+    can send to others. host: bytes a second that it can read of the host's memory. attention,
+    linear, conv: shares of flops that are reached.
     """
 
     kinds: tuple[str, ...]
@@ -32,6 +33,7 @@ class Chip(NamedTuple):
     memory: int
     bandwidth: float
     link: float
+    host: float
     attention: float
     linear: float
     conv: float
@@ -46,44 +48,46 @@ class Chip(NamedTuple):
 _GPU_SHARE = 0.75
 # Memory of TPUs: what the compiler allows. Link: half of what data sheets give for one direction of
 # all of a TPU's links, as an exchange between all passes through neighbours; of NVLink 350 of 450
-# GB/s. Shares of TPUs, estimates: of attention what published times of Wan on v6e-8 and v7x-8 leave
-# for it (heads of 128 half fill a 256-wide matrix unit), of convolutions a third of what bfloat16
-# ones may reach, as the VAE multiplies in three passes. Of GPUs, measured on an H200: attention 574
-# TF/s, products 633 with everything between them, the VAE's convolutions as TF32 240.
+# GB/s. Host: 16 GB/s, which "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus) gives
+# for v4; of GPUs 0.8 of a PCIe link of 16 lanes, which is 32 GB/s for an A100 and 64 since. Shares
+# of TPUs, estimates: of attention what published times of Wan on v6e-8 and v7x-8 leave for it
+# (heads of 128 half fill a 256-wide matrix unit), of convolutions a third of what bfloat16 ones may
+# reach, as the VAE multiplies in three passes. Of GPUs, measured on an H200: attention 574 TF/s,
+# products 633 with everything between them, the VAE's convolutions as TF32 240.
 CHIPS = {
     "v5e": Chip(
         kinds=("TPU v5 lite", "TPU v5e"), dims=2, cores=1, flops=197e12,
-        memory=int(15.75 * GIB), bandwidth=0.82e12, link=100e9,
+        memory=int(15.75 * GIB), bandwidth=0.82e12, link=100e9, host=16e9,
         attention=0.5, linear=0.7, conv=0.2,
     ),
     "v5p": Chip(
         kinds=("TPU v5", "TPU v5p"), dims=3, cores=1, flops=459e12,
-        memory=int(95.7 * GIB), bandwidth=2.765e12, link=300e9,
+        memory=int(95.7 * GIB), bandwidth=2.765e12, link=300e9, host=16e9,
         attention=0.5, linear=0.7, conv=0.2,
     ),
     "v6e": Chip(
         kinds=("TPU v6 lite", "TPU v6e"), dims=2, cores=1, flops=918e12,
-        memory=int(31.2 * GIB), bandwidth=1.64e12, link=200e9,
+        memory=int(31.2 * GIB), bandwidth=1.64e12, link=200e9, host=16e9,
         attention=0.25, linear=0.7, conv=0.2,
     ),
     "tpu7x": Chip(
         kinds=("TPU7x",), dims=3, cores=2, flops=1153e12,
-        memory=int(94.7 * GIB), bandwidth=3.69e12, link=150e9,
+        memory=int(94.7 * GIB), bandwidth=3.69e12, link=150e9, host=16e9,
         attention=0.25, linear=0.7, conv=0.2,
     ),
     "a100": Chip(
         kinds=("A100-SXM4-80GB", "A100"), dims=0, cores=1, flops=312e12,
-        memory=int(80 * GIB * _GPU_SHARE), bandwidth=2.04e12, link=230e9,
+        memory=int(80 * GIB * _GPU_SHARE), bandwidth=2.04e12, link=230e9, host=25e9,
         attention=0.58, linear=0.64, conv=0.24,
     ),
     "h100": Chip(
         kinds=("H100",), dims=0, cores=1, flops=989e12,
-        memory=int(79.6 * GIB * _GPU_SHARE), bandwidth=3.35e12, link=350e9,
+        memory=int(79.6 * GIB * _GPU_SHARE), bandwidth=3.35e12, link=350e9, host=50e9,
         attention=0.58, linear=0.64, conv=0.24,
     ),
     "h200": Chip(
         kinds=("H200",), dims=0, cores=1, flops=989e12,
-        memory=int(140 * GIB * _GPU_SHARE), bandwidth=4.8e12, link=350e9,
+        memory=int(140 * GIB * _GPU_SHARE), bandwidth=4.8e12, link=350e9, host=50e9,
         attention=0.58, linear=0.64, conv=0.24,
     ),
 }  # fmt: skip

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 
 from wan_jax import vae, vae_tiles
 from wan_jax.columns import Columns
-from wan_jax.config import VAEConfig, WanConfig
-from wan_jax.plans import Plan
+from wan_jax.config import VAEConfig
 from wan_jax.streaming import decode_chunk
 from wan_jax.vae_stages import RGB, decoder_parts, decoder_stages, encoder_parts, encoder_stages
 from wan_jax.vae_tiles import Tiles
-from wan_jax.weights import sources
 
 Kind = Literal["encode", "decode"]
 # Arrays as large as a chunk of frames at the finest scale that the VAE has at once, its state
@@ -78,6 +76,9 @@ class Coding(NamedTuple):
 
     def working_bytes(self, tiling: Tiling) -> int:
         """Bytes on a device beside the weights."""
+        return _working_bytes(self, tiling)
+
+    def _working(self, tiling: Tiling) -> int:
         if tiling.tiles > 1:
             return self.batch * self._in_tiles(tiling)
         columns = Columns(self.latent_shape[2], self.devices)
@@ -126,6 +127,12 @@ class Coding(NamedTuple):
         return jax.eval_shape(functools.partial(own, columns=columns))
 
 
+@functools.cache
+def _working_bytes(coding: Coding, tiling: Tiling) -> int:
+    """Kept, for many are compared and the states of each are traced."""
+    return coding._working(tiling)
+
+
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -148,16 +155,14 @@ class Room(NamedTuple):
         """The first tiling that fits; ValueError naming the least memory that would do."""
         coding = self.coding(kind, config, latent_shape, batch)
         found = self.best(coding)
-        needed = self._needed(coding, found)
+        needed = self._of(coding, found)
         if self.memory is not None and needed > self.memory:
             raise ValueError(_refusal(coding, self.memory, needed, self.weights))
         return found
 
-    def check(self, config: WanConfig, latent_shape: tuple[int, ...], *, batch: int = 1) -> None:
-        """Raise ValueError, as tiling() does, unless such videos can be made."""
-        if config.images:
-            self.tiling("encode", config.vae, latent_shape)
-        self.tiling("decode", config.vae, latent_shape, batch)
+    def needed(self, coding: Coding) -> int:
+        """Bytes of a device, weights and all, with the tiling of best()."""
+        return self._of(coding, self.best(coding))
 
     def coding(
         self, kind: Kind, config: VAEConfig, latent_shape: tuple[int, ...], batch: int = 1
@@ -170,10 +175,10 @@ class Room(NamedTuple):
         if self.memory is None:
             return coding.usual
         found = list(coding.tilings())
-        fits = (tiling for tiling in found if self._needed(coding, tiling) <= self.memory)
+        fits = (tiling for tiling in found if self._of(coding, tiling) <= self.memory)
         return next(fits, None) or min(found, key=coding.working_bytes)
 
-    def _needed(self, coding: Coding, tiling: Tiling) -> int:
+    def _of(self, coding: Coding, tiling: Tiling) -> int:
         return self.weights + int(coding.working_bytes(tiling) * _MARGIN)
 
 
@@ -183,32 +188,9 @@ def _refusal(coding: Coding, memory: int, needed: int, weights: int) -> str:
     size = f"{w * config.spatial_stride}x{h * config.spatial_stride}"
     frames = 1 + (t - 1) * config.temporal_stride
     return (
-        f"max_memory is {_text(memory)}; to {coding.kind} {frames} frames of {size} takes at "
-        f"least {_text(needed)}, {_text(weights)} of it weights"
+        f"max_memory is {size_text(memory)}; to {coding.kind} {frames} frames of {size} takes at "
+        f"least {size_text(needed)}, {size_text(weights)} of it weights"
     )
-
-
-def room(
-    memory: int | str | None,
-    config: WanConfig,
-    *,
-    dtype: str,
-    vae_dtype: str = "float32",
-    offload: bool = False,
-    text_on_cpu: bool = False,
-    plan: Plan | None = None,
-    quantize: str | None = None,
-) -> Room:
-    """What load(max_memory=memory) and its other arguments give the VAE.
-
-    Raises ValueError for a memory that is none.
-    """
-    plan = plan or Plan()
-    sizes = sources.sizes(config, jnp.dtype(dtype), jnp.dtype(vae_dtype), quantize)
-    there = ["vae"] if offload else [n for n in sizes if not (n == "umt5" and text_on_cpu)]
-    weights = sum(sizes[n] // (plan.devices if n in plan.split else 1) for n in there)
-    limit = None if memory is None else parse_memory(memory)
-    return Room(limit, weights, vae_dtype, plan.devices // plan.batch)
 
 
 def parse_memory(value: int | str) -> int:
@@ -222,7 +204,7 @@ def parse_memory(value: int | str) -> int:
     return size
 
 
-def _text(size: int) -> str:
-    """Rounded up, so that what is named as enough is enough."""
+def size_text(size: int) -> str:
+    """A size as parse_memory() takes it, rounded up, so that what is named as enough is enough."""
     unit = "GB" if size >= 10**9 else "MB"
     return f"{math.ceil(100 * size / _UNITS[unit]) / 100:.10g}{unit}"

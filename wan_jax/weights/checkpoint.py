@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from orbax.checkpoint.experimental.v1 import partial
 
+from wan_jax import host_memory
 from wan_jax.config import PARTS, CLIPConfig, DiTConfig, UMT5Config, VAEConfig, WanConfig
 from wan_jax.weights import rules, trees
 from wan_jax.weights.folders import check_space, written_whole
@@ -363,17 +364,27 @@ def _explained(path: Path) -> Iterator[None]:
         raise ValueError(f"{path / CONFIG} is not a wan_jax configuration: {error}") from error
 
 
-def restore(path: Path, part: str, config: WanConfig, *, dtype: str, sharding: Where | None) -> Any:
+def restore(
+    path: Path,
+    part: str,
+    config: WanConfig,
+    *,
+    dtype: str,
+    sharding: Where | None,
+    streamed: bool = False,
+) -> Any:
     """One network of a checkpoint, by its name in PARTS, straight to the devices.
 
     sharding: where every array goes, or one of its shape; None puts them on the default device.
+    streamed: those of the stack go straight to the host's memory; see host_memory.py.
     Raises ValueError naming the folder that cannot be read.
     """
     where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     place = where if callable(where) else lambda _: where
+    at = host_memory.where if streamed else lambda _, usual: usual
     module = abstract_part(getattr(config, part), jnp.dtype(dtype))
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf.shape))
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at(name, place(leaf.shape)))
         for name, leaf in trees.flatten(module).items()
     }
     try:

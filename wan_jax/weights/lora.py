@@ -19,7 +19,7 @@ from jax import lax
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from wan_jax import files
+from wan_jax import files, host_memory
 from wan_jax.dit import DiT
 from wan_jax.layers import QuantizedLinear
 from wan_jax.weights import lora_names, trees
@@ -109,9 +109,10 @@ def merge(dit: DiT, loras: Sequence[tuple[Lora, float]], *, donate: bool = False
     """The network with scale times the difference of each LoRA added.
 
     loras: (LoRA, scale). Sums are float32 and rounded once to the dtype in which a parameter is
-    stored; they are made on the device, for one layer of one parameter at a time. donate: the given
-    network's arrays are used up, so that there is no second copy of any. Raises ValueError naming a
-    LoRA's part that does not fit the network.
+    stored; they are made on the device, for one layer of one parameter at a time, which for that
+    leaves the host's memory if it lies there. donate: the given network's arrays are used up, so
+    that there is no second copy of any. Raises ValueError naming a LoRA's part that does not fit
+    the network.
     """
     leaves = trees.flatten(dit)
     if isinstance(dit.layers.ffn_in, QuantizedLinear):
@@ -123,8 +124,11 @@ def merge(dit: DiT, loras: Sequence[tuple[Lora, float]], *, donate: bool = False
     for name in sorted(touched):
         factors = _factors(name.removesuffix(".kernel"), loras)
         diffs = [scale * lora.diffs[name] for lora, scale in loras if name in lora.diffs]
-        diff = np.sum(diffs, axis=0, dtype=np.float32) if diffs else None
+        diff = np.asarray(np.sum(diffs, axis=0, dtype=np.float32)) if diffs else None
         leaf, add = leaves[name], _add
+        if host_memory.lies_in(leaf):
+            leaves[name] = _added_on_host(leaf, factors, diff, donate=donate)
+            continue
         if name.startswith("layers."):
             cpu = next(iter(leaf.devices())).platform == "cpu"
             add = _add_to_stack(as_bits=cpu and leaf.dtype != jnp.float32)
@@ -191,6 +195,36 @@ def _add_to_stack(*, as_bits: bool) -> Callable[..., Array]:
         return lax.bitcast_convert_type(lax.fori_loop(0, leaf.shape[0], body, stack), leaf.dtype)
 
     return add
+
+
+_add_to_layer = jax.jit(_add, donate_argnums=0)
+
+
+def _added_on_host(
+    leaf: Array,
+    factors: tuple[np.ndarray, np.ndarray] | None,
+    diff: np.ndarray | None,
+    *,
+    donate: bool,
+) -> Array:
+    """_add() for a stack in the host's memory: each layer of what a device has is brought to it."""
+    found, where = [], leaf.sharding
+    for shard in leaf.addressable_shards:
+        own = np.array(shard.data)
+        layers, *columns = shard.index
+        for i, layer in enumerate(range(*layers.indices(leaf.shape[0]))):
+            pair, part = None, None
+            if factors is not None:
+                down, up = factors[0][layer], factors[1][layer]
+                pair = down[tuple(columns[:-1])], up[:, columns[-1]]
+            if diff is not None:
+                part = diff[layer][tuple(columns)]
+            own[i] = _add_to_layer(jax.device_put(own[i], shard.device), pair, part)
+        found.append((own, shard.data.sharding))
+    if donate:
+        leaf.delete()
+    placed = [jax.device_put(own, place) for own, place in found]
+    return jax.make_array_from_single_device_arrays(leaf.shape, where, placed)
 
 
 # Writing

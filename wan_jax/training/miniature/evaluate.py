@@ -82,15 +82,15 @@ def _of_images(wan: Wan, scenes: Sequence[Scene], notify: Notify) -> dict[str, A
     verdicts: list[dict[str, bool]] = []
     nearness: dict[str, list[float]] = {"first frame": [], "last frame": []}
     for scene in scenes:
-        truth = _truth(scene)
-        given = {"image": truth[0]}
+        drawn = truth(scene)
+        given = {"image": drawn[0]}
         if wan.config.images == 2:
-            given["last_image"] = truth[-1]
+            given["last_image"] = drawn[-1]
         text = captions.caption(scene, rng)
         clip = wan.generate(text, size=scene.size, seed=len(verdicts), **given)[0]
         verdicts.append(judge.verdict(clip, scene))
-        nearness["first frame"].append(_psnr(clip[0], truth[0]))
-        nearness["last frame"].append(_psnr(clip[-1], truth[-1]))
+        nearness["first frame"].append(psnr(clip[0], drawn[0]))
+        nearness["last frame"].append(psnr(clip[-1], drawn[-1]))
         if len(verdicts) % _TOGETHER == 0:
             notify(f"{len(verdicts)} of {len(scenes)} clips: {_shares(verdicts)}")
     if wan.config.images == 1:
@@ -120,7 +120,7 @@ def _share(right: Sequence[bool]) -> float:
     return round(float(np.mean(right)), 4)
 
 
-def _truth(scene: Scene) -> np.ndarray:
+def truth(scene: Scene) -> np.ndarray:
     """The scene's own frames, uint8 [f, y, x, 3]."""
     frames = _render(world.fields([scene]), size=scene.size, frames=scene.frames)
     return np.round((np.asarray(frames[0]) + 1) * 127.5).astype(np.uint8)
@@ -129,7 +129,7 @@ def _truth(scene: Scene) -> np.ndarray:
 _render = xla.jit(render, static_argnames=("size", "frames"))
 
 
-def _psnr(one: np.ndarray, other: np.ndarray) -> float:
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
     """Decibels between uint8 pictures."""
     error = np.mean(np.square(one.astype(np.float64) - other)) / 255**2
     return float(-10 * np.log10(max(error, 1e-10)))
