@@ -89,6 +89,7 @@ def test_a_streamed_step_of_the_large_model_fits_one_chip_at_720p() -> None:
     setup = Setup(T2V_14B, offload=True, streamed=("dit",))
     read = setup.brought("dit", lambda names: not costs.once(names))
     assert found.host_argument_size_in_bytes == read
-    expected = memory.denoise(setup, work)
+    expected = sum(memory.denoise(setup, work))
     total = found.argument_size_in_bytes + found.temp_size_in_bytes
-    assert total == pytest.approx(sum(expected), rel=tolerances.STREAMED_TPU_STEP)
+    # A run is refused by the formula, so it may not be too little.
+    assert (1 - tolerances.STREAMED_TPU_STEP) * expected <= total <= expected

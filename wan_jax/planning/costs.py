@@ -148,9 +148,9 @@ def dit_working_bytes(config: DiTConfig, tokens: int, plan: Plan, *, itemsize: i
     l (12 d + 6 f) for l tokens of width d and hidden width f: the residual stream in float32 before
     and after (8 d), the hidden values in float32 and as the next product takes them (6 f), and q, k
     and v or what goes into the hidden layer and comes out. itemsize: of what products take, 2 here.
-    Of 14B at 75,600 tokens it gives 10.2 GiB, which a TPU v6e needs, too. Of narrower networks, and
-    on NVIDIA, it is more than what is needed where hidden values are fused: of 1.3B at 32,760
-    tokens 2.2 GiB, and a forward as it compiles for an H200 takes 1.1, of 14B 5.9.
+    It is more than what compilers need, which fuse some of that: of 14B at 75,600 tokens 10.2 GiB,
+    and a forward as it compiles for a TPU v6e takes 8.6, for an H200 5.9; of 1.3B at 32,760 tokens
+    2.2 GiB, for an H200 1.1.
     """
     rows = Share(tokens, plan.ring, plan.ulysses).rows
     d, f = config.dim, config.ffn_dim
