@@ -264,7 +264,9 @@ def test_narrow_products_have_the_gradient_of_wide_ones(axes: tuple[int, ...]) -
     weight = jax.random.normal(keys[2], (2, 5, 4), jnp.bfloat16).astype(jnp.float32)
 
     def gradient(product: Callable[..., Any]) -> Any:
-        return jax.grad(lambda x, k: jnp.sum(product(x, k, jnp.float32) * weight), argnums=(0, 1))(x, kernel)
+        return jax.grad(lambda x, k: jnp.sum(product(x, k, jnp.float32) * weight), argnums=(0, 1))(
+            x, kernel
+        )
 
     for one, two in zip(gradient(_product), gradient(_contract), strict=True):
         assert one.dtype == two.dtype == jnp.bfloat16
