@@ -1,7 +1,8 @@
 """softmax(q k^T / sqrt(k)) v, by the fastest kernel that the platform has.
 
-Callers pass arrays of the true length. Whatever a kernel wants in multiples is padded and cut here,
-and a padded row never reaches a softmax, but of 8 bits with a weight that is told in fp8.py.
+Callers pass arrays of the true length, or with rows to spare and the count of the real ones. What
+a kernel wants in multiples is padded and cut here. No such row counts in a result: it is not in the
+softmax, or divided out of it (cudnn.py), but of 8 bits has a weight that is told in fp8.py.
 """
 
 import functools

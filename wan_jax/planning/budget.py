@@ -54,7 +54,7 @@ class Budget(NamedTuple):
         for choice in self._choices:
             if not set(already) <= set(choice):
                 continue
-            if all(max(self._sizes(w, at_once, choice).values()) <= self.limit for w in works):
+            if all(max(_sizes(self, w, at_once, choice).values()) <= self.limit for w in works):
                 return choice
         raise ValueError(self._refusal(works, at_once))
 
@@ -79,14 +79,11 @@ class Budget(NamedTuple):
             return _CHOICES
         return [choice for choice in _CHOICES if "dit" not in choice]
 
-    def _sizes(self, work: Work, at_once: int, streamed: tuple[str, ...]) -> dict[str, int]:
-        return _sizes(self, work, at_once, streamed)
-
     def _refusal(self, works: Sequence[Work], at_once: int) -> str:
         """Of the stage that needs most, of all works, with what is streamed that helps most."""
         found = []
         for choice in self._choices:
-            sizes = [(self._sizes(w, at_once, choice), w, choice) for w in works]
+            sizes = [(_sizes(self, w, at_once, choice), w, choice) for w in works]
             found.append(max(sizes, key=lambda item: max(item[0].values())))
         least, work, choice = min(found, key=lambda item: max(item[0].values()))
         stage, needed = max(least.items(), key=lambda item: item[1])
