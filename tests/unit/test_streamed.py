@@ -15,7 +15,7 @@ from tests.unit.conftest import TINY, TINY_I2V
 from tests.unit.test_estimate import LARGE, case_of
 from wan_jax import host_memory, plans, xla
 from wan_jax.config import T2V_14B, WanConfig
-from wan_jax.planning import memory, programs, targets
+from wan_jax.planning import budget, memory, programs, targets
 from wan_jax.planning.budget import Budget
 from wan_jax.planning.command import table
 from wan_jax.planning.estimate import estimate, used_bytes
@@ -52,10 +52,10 @@ def i2v_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def limits(config: WanConfig, batch: int = 1, **options: Any) -> dict[tuple[str, ...], int]:
     """{what is streamed: the least memory that a video needs then}."""
-    budget = Budget(1, Setup(config, **options))
+    of = Budget(1, Setup(config, **options))
     work = Work(SHAPE, 2, batch=batch)
     choices: list[tuple[str, ...]] = [(), ("umt5",), ("dit",), ("umt5", "dit")]
-    return {c: max(budget._sizes(work, 1, c).values()) for c in choices}
+    return {c: max(budget._sizes(of, work, 1, c).values()) for c in choices}
 
 
 def kinds(network: Any) -> set[str]:
@@ -122,7 +122,7 @@ def test_a_larger_video_makes_a_network_leave_the_device(source: Path, tmp_path:
     """And it stays in the host's memory for the smaller ones that follow."""
     setup = Setup(deep(TINY), dtype="float32")
     large = Work((12, 16, 26, 16), 2)
-    limit = Budget(1, setup)._sizes(large, 1, ("dit",))["denoise"]
+    limit = budget._sizes(Budget(1, setup), large, 1, ("dit",))["denoise"]
     wan = wan_jax.load(source, dtype="float32", cache_dir=tmp_path, max_memory=limit)
     assert wan.streamed == () and not wan._resident
     small = make_request(wan.config, "A fox.", seed=1)
