@@ -57,6 +57,10 @@ ROPE_PRINTED_SMALL = 4e-5  # half the last of five printed digits, relative
 ROPE_ROTATION = 2.5e-7  # tables, two products and a sum in float32; measured 7e-8
 ROPE_OFFSET = 3e-6  # float32 rotations, then 48 products that partly cancel; measured 6e-7
 
+# Products and norms
+LAYERS_SAME = 1e-6  # float32 roundings of the same formula
+LAYERS_TWICE_ROUNDED = 2e-2  # bfloat16 sums of few terms rounded once or twice more
+
 # Attention
 ATTENTION_FLOAT32 = 1e-6  # float32 sums, rescaled once a chunk; measured 3.5e-7
 ATTENTION_BFLOAT16 = 5e-3  # weights and the result are rounded to 8 bits; measured 2.3e-3

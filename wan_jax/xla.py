@@ -1,5 +1,6 @@
 """XLA settings that the product needs, in one place, and the jit that applies them."""
 
+import contextvars
 import functools
 import os
 from collections.abc import Callable
@@ -62,11 +63,19 @@ class Traced(NamedTuple):
     kind: str
 
 
-def traced_for() -> Traced:
-    """What is being traced is for these: inside shard_map the devices of its mesh.
+# Of the program that is being traced in this thread; see Program.on().
+_traced: contextvars.ContextVar[Traced | None] = contextvars.ContextVar("traced", default=None)
 
-    So it is right also for a program compiled ahead of time for devices that are not there.
+
+def traced_for() -> Traced:
+    """What is being traced is for these: those of its Program, or inside shard_map of its mesh.
+
+    So it is right also for a program compiled ahead of time for devices that are not there, and for
+    a network on the host beside others on GPUs.
     """
+    program = _traced.get()
+    if program is not None:
+        return program
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = jax.devices()[0]
@@ -107,8 +116,23 @@ class Program:
         key = device.platform, device.device_kind, streams
         if key not in self._made:
             options = compiler_options(*key[:2], attention=self._attention, streams=streams)
-            self._made[key] = jax.jit(self._function, compiler_options=options, **self._arguments)
+            function = _traced_for(Traced(*key[:2]), self._function)
+            self._made[key] = jax.jit(function, compiler_options=options, **self._arguments)
         return self._made[key]
+
+
+def _traced_for(devices: Traced, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which is told what devices it is traced for."""
+
+    @functools.wraps(function)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        before = _traced.set(devices)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _traced.reset(before)
+
+    return told
 
 
 def jit(function: Callable[..., Any], *, attention: bool = False, **arguments: Any) -> Program:
