@@ -204,7 +204,7 @@ CHANGES = [
     ("h100:1", T2V_14B, LARGE, {}, "--offload_model True"),
     ("v6e:2x4", T2V_14B, LARGE, {}, "--dit_fsdp"),
     ("v5e:2x2", T2V_14B, SMALL, {}, "--t5_fsdp --dit_fsdp"),
-    ("h100:1", T2V_14B, WIDE, {"offload": True}, "2 devices (h100:2) --dit_fsdp"),
+    ("h100:1", T2V_14B, WIDE, {"offload": True}, "2 devices (h100:2)"),
     ("v5e:1x1", T2V_14B, LARGE, {"offload": True}, "4 devices (v5e:2x2) --dit_fsdp"),
     ("v5e:16x16", T2V_14B, HUGE, SPLIT, "--frame_num 21"),
 ]

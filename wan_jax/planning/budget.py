@@ -117,11 +117,11 @@ def budget(
     text_on_cpu: bool,
     quantize: str | None = None,
 ) -> Budget | None:
-    """What load(max_memory=limit) and its other arguments mean."""
+    """What load(max_memory=limit) and its other arguments mean, on the devices at hand."""
     if limit is None:
         return None
-    setup = Setup(config, plan or Plan(), dtype, vae_dtype, offload, text_on_cpu, quantize)
-    return Budget(limit, setup)
+    held = Setup(config, plan or Plan(), dtype, vae_dtype, offload, text_on_cpu, quantize)
+    return Budget(limit, held._replace(nvidia=xla.on_nvidia()))
 
 
 def room(setup: Setup, limit: int | None) -> Room:

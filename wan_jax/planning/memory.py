@@ -48,7 +48,8 @@ def work_of(request: Request) -> Work:
 class Setup(NamedTuple):
     """How a checkpoint is held by devices, as loading.load() has it.
 
-    streamed: the networks whose stacks lie in the host's memory.
+    streamed: the networks whose stacks lie in the host's memory. nvidia: whether the devices are
+    NVIDIA's GPUs.
     """
 
     config: WanConfig
@@ -59,6 +60,7 @@ class Setup(NamedTuple):
     text_on_cpu: bool = False
     quantize: str | None = None
     streamed: tuple[str, ...] = ()
+    nvidia: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -161,7 +163,7 @@ def denoise(setup: Setup, work: Work) -> Memory:
     given = 4 * latents + videos * costs.condition_bytes(
         config, images=images, plan=plan, branches=work.branches, itemsize=size
     )
-    block = costs.dit_working_bytes(config, tokens, plan, itemsize=size)
+    block = costs.dit_working_bytes(config, tokens, plan, itemsize=size, nvidia=setup.nvidia)
     # The velocities of both branches and what they are joined into.
     working = given + 3 * latents + videos * block
     read = setup.fetched("dit", lambda names: not costs.once(names))

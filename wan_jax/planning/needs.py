@@ -44,6 +44,7 @@ class Case(NamedTuple):
             offload=self.offload,
             text_on_cpu=self.text_on_cpu,
             quantize=self.quantize,
+            nvidia=self.target.is_nvidia,
         )
         if self.max_memory is None:
             return setup

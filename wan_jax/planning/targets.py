@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from wan_jax import xla
+
 GIB = 2**30
 
 
@@ -112,6 +114,13 @@ class Target(NamedTuple):
     memory: int
     topology: str | None = None
     at_hand: bool = False
+
+    @property
+    def is_nvidia(self) -> bool:
+        """Whether the devices are NVIDIA's GPUs."""
+        if self.at_hand:
+            return xla.on_nvidia()
+        return self.chip is not None and self.chip.platform == "gpu"
 
     @property
     def compiles(self) -> bool:
