@@ -96,7 +96,7 @@ def test_the_released_models_fit_where_they_are_said_to() -> None:
     large = work._replace(latent_shape=(21, 90, 160, 16))
     with pytest.raises(ValueError, match=r"to denoise 81 frames of 1280x720 takes at least 14\."):
         Budget(8 * 10**9, setup).streamed([large])
-    assert Budget(12 * 10**9, setup._replace(nvidia=True)).streamed([large]) == ("umt5", "dit")
+    assert Budget(12 * 10**9, setup._replace(nvidia=True)).streamed([large]) == ("dit",)
     streamed = setup._replace(streamed=("dit",))
     assert setup.resident("dit") - streamed.resident("dit") == streamed.brought("dit")
     two = memory.denoise(streamed, work).fetched
