@@ -38,6 +38,7 @@ setup(
         "safetensors>=0.5",
         "tokenizers>=0.20",
         "tqdm>=4.66",
+        "zstandard>=0.22",  # jax packs compiled programs with it; with zlib that takes seconds
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10,<0.13", "nvidia-cudnn-cu13>=9.19"],

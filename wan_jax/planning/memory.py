@@ -4,7 +4,6 @@ A run with a limit of memory and --plan go by the same numbers. Axes: l tokens o
 text, d width.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -69,7 +68,9 @@ class Setup(NamedTuple):
 
     def network(self, part: str) -> Any:
         """The network with shapes in place of arrays."""
-        return _network(self.config, part, self.dtype, self.vae_dtype, self.quantize)
+        config = getattr(self.config, part)
+        dtypes = jnp.dtype(self.dtype), jnp.dtype(self.vae_dtype)
+        return abstract_part(config, *dtypes, self.quantize)
 
     def shares(self, part: str) -> int:
         """Among how many devices its weights are split."""
@@ -102,11 +103,6 @@ class Setup(NamedTuple):
         found = costs.gathered_bytes(network, shares, wanted) if shares > 1 else 0
         layers = getattr(self.config, part).num_layers
         return found + _LAYERS * self.brought(part, wanted) // layers
-
-
-@functools.cache
-def _network(config: WanConfig, part: str, dtype: str, vae_dtype: str, quantize: str | None) -> Any:
-    return abstract_part(getattr(config, part), jnp.dtype(dtype), jnp.dtype(vae_dtype), quantize)
 
 
 class Memory(NamedTuple):

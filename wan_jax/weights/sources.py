@@ -134,6 +134,15 @@ def abstract_part(
     dtype is the compute dtype asked for. The VAE has its own, and by default float32 in either
     mode, as in the reference. kind: in which way the DiT is quantised, None for none.
     """
+    made = _abstract_part(config, jnp.dtype(dtype), jnp.dtype(vae_dtype), kind)
+    return jax.tree.map(lambda leaf: leaf, made)  # the caller's own
+
+
+@functools.cache
+def _abstract_part(
+    config: PartConfig, dtype: jnp.dtype, vae_dtype: jnp.dtype, kind: str | None
+) -> Any:
+    """To trace a network's making takes up to a second."""
     if isinstance(config, DiTConfig):
         whole = trees.abstract(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype))
         return quantization.abstract(whole, kind)
