@@ -300,7 +300,8 @@ class Wan:
             tiles=tiling.tiles,
             chunk=tiling.chunk,
         ):
-            yield frames
+            if frames.shape[1]:  # tiles tell of what is done before there are any
+                yield frames
             tell(callback, "decode", done, count)
 
     def denoise(

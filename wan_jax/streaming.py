@@ -7,6 +7,7 @@ Of one device the memory can be less than a state: then the columns are run tile
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,9 +28,6 @@ Array = jax.Array
 # At most so many latent frames are decoded at a time, and a number that divides, so that one
 # program serves all chunks. On an H200 at 480P: 1 takes 1.23 s for 81 frames, 2 1.18 s, 5 1.15 s.
 DECODE_CHUNK = 2
-
-
-Program = Callable[[bool], Callable[..., Any]]  # of whether it is for the first chunk
 
 
 def decode_chunk(count: int) -> int:
@@ -54,14 +52,8 @@ def encode(
     one after the other, on one device; it changes the memory, never the values.
     Raises DivergedError, which says `what` the video is, for latents that are not finite.
     """
-    run: Program | None = None
-    before: np.ndarray | None = None
-    for i, pixels in enumerate(chunks):
-        if run is None:
-            run, state = _encoding(network, pixels.shape, dtype=dtype, layout=layout, tiles=tiles)
-        if pixels is not before:  # grey chunks are one array, and cross to the device once
-            placed, before = place(pixels, layout), pixels
-        latents, state = run(i == 0)(network, placed, state)
+    each = _encoded if tiles == 1 else functools.partial(_encoded_in_tiles, tiles=tiles)
+    for i, latents in enumerate(each(network, chunks, dtype=dtype, layout=layout)):
         found = np.asarray(latents)
         if not np.isfinite(found).all():
             raise DivergedError(f"{what}'s latents became NaN or infinite at latent frame {i}")
@@ -82,67 +74,87 @@ def decode(
 
     latents: float32 [b, t, h, w, z]. pixels: "uint8" or "float32". dtype: of the run. layout,
     tiles: as encode() has them. chunk: latent frames at a time after the first, a number that
-    divides those; None is decode_chunk()'s. A chunk crosses to the host while the next is computed.
+    divides those; None is decode_chunk()'s. A chunk crosses to the host while the next is computed;
+    those of tiles come together, and before them some without frames that tell what is done.
     Raises DivergedError for frames that hold NaN.
     """
     count = latents.shape[1]
     chunk = decode_chunk(count) if chunk is None else chunk
-    program, state = _decoding(
-        network, latents.shape, pixels=pixels, dtype=dtype, layout=layout, tiles=tiles
-    )
     latents = place(latents, layout)
     # One image is rounded, as the reference saves it; a video is truncated, as it writes those.
     rounding = 0.5 if count == 1 else 0.0
+    options: dict[str, Any] = {"pixels": pixels, "chunk": chunk, "rounding": rounding}
+    found: Iterator[tuple[Any, Any, int]]
+    if tiles > 1:
+        of_width = vae_tiles.decoder_tiles(network.config, latents.shape[3], tiles)
+        run = vae_tiles.Run(of_width, dtype, _one_device(layout, tiles))
+        found = vae_tiles.decode(network, latents, run=run, **options)
+    else:
+        found = _decoded(network, latents, dtype=dtype, layout=layout, **options)
+    yield from itertools.starmap(_fetch, found)
+
+
+def _encoded(
+    network: vae.VAE, chunks: Iterable[np.ndarray], *, dtype: str, layout: Layout | None
+) -> Iterator[Array]:
+    """Latents of every chunk, on the devices."""
+    state, before = None, None
+    for i, pixels in enumerate(chunks):
+        if state is None:
+            b, _, y, x, _ = pixels.shape
+            side = network.config.spatial_stride
+            shape = b, y // side, x // side
+            state = zeros(vae.encoder_state, network.config, shape, layout, dtype=network.dtype)
+        if pixels is not before:  # grey chunks are one array, and cross to the device once
+            placed, before = place(pixels, layout), pixels
+        latents, state = encode_program(i == 0, dtype, layout)(network, placed, state)
+        yield latents
+
+
+def _encoded_in_tiles(
+    network: vae.VAE,
+    chunks: Iterable[np.ndarray],
+    *,
+    dtype: str,
+    layout: Layout | None,
+    tiles: int,
+) -> Iterator[Array]:
+    chunks = iter(chunks)
+    first = next(chunks)
+    width = first.shape[3] // network.config.spatial_stride
+    of_width = vae_tiles.encoder_tiles(network.config, width, tiles)
+    run = vae_tiles.Run(of_width, dtype, _one_device(layout, tiles))
+    where = place(np.zeros(()), layout).sharding
+    return vae_tiles.encode(network, itertools.chain([first], chunks), run=run, where=where)
+
+
+def _decoded(
+    network: vae.VAE,
+    latents: Array,
+    *,
+    dtype: str,
+    layout: Layout | None,
+    pixels: str,
+    chunk: int,
+    rounding: float,
+) -> Iterator[tuple[Array, Array, int]]:
+    """Frames on the devices, whether they are finite, and latent frames done; one chunk ahead."""
+    b, count, height, width, _ = latents.shape
+    state = zeros(
+        vae.decoder_state, network.config, (b, height, width), layout, dtype=network.dtype
+    )
     waiting: tuple[Array, Array, int] | None = None
     for start in (0, *range(1, count, chunk)):
         stop = 1 if start == 0 else start + chunk
         # A dynamic slice: a static one would be a program of its own for every chunk.
         piece = lax.dynamic_slice_in_dim(latents, start, stop - start, axis=1)
-        found, finite, state = program(start == 0)(network, piece, state, rounding)
+        program = decode_program(start == 0, pixels, dtype, layout)
+        found, finite, state = program(network, piece, state, rounding)
         if waiting is not None:
-            yield _fetch(*waiting)
+            yield waiting
         waiting = found, finite, stop
     assert waiting is not None
-    yield _fetch(*waiting)
-
-
-def _encoding(
-    network: vae.VAE,
-    shape: tuple[int, ...],
-    *,
-    dtype: str,
-    layout: Layout | None,
-    tiles: int,
-) -> tuple[Program, Any]:
-    """What encodes a first (True) or a following chunk of frames [b, _, y, x, _]; a zero state."""
-    config, (b, _, y, x, _) = network.config, shape
-    height, width = y // config.spatial_stride, x // config.spatial_stride
-    if tiles > 1:
-        whole = vae_tiles.encoder_tiles(config, width, tiles)
-        run = vae_tiles.Run(whole, dtype, _one_device(layout, tiles))
-        return lambda first: functools.partial(vae_tiles.encode, run=run, first=first), run.start()
-    state = zeros(vae.encoder_state, config, (b, height, width), layout, dtype=network.dtype)
-    return lambda first: encode_program(first, dtype, layout), state
-
-
-def _decoding(
-    network: vae.VAE,
-    shape: tuple[int, ...],
-    *,
-    pixels: str,
-    dtype: str,
-    layout: Layout | None,
-    tiles: int,
-) -> tuple[Program, Any]:
-    """What decodes a first (True) or a following chunk of latents [b, _, h, w, _]; a zero state."""
-    config, (b, _, height, width, _) = network.config, shape
-    if tiles > 1:
-        whole = vae_tiles.decoder_tiles(config, width, tiles)
-        run = vae_tiles.Run(whole, dtype, _one_device(layout, tiles))
-        own = functools.partial(vae_tiles.decode, run=run, pixels=pixels)
-        return lambda first: functools.partial(own, first=first), run.start()
-    state = zeros(vae.decoder_state, config, (b, height, width), layout, dtype=network.dtype)
-    return lambda first: decode_program(first, pixels, dtype, layout), state
+    yield waiting
 
 
 def _one_device(layout: Layout | None, tiles: int) -> Layout | None:
@@ -153,7 +165,7 @@ def _one_device(layout: Layout | None, tiles: int) -> Layout | None:
     return layout
 
 
-def _fetch(pixels: Array, finite: Array, stop: int) -> tuple[np.ndarray, int]:
+def _fetch(pixels: Any, finite: Any, stop: int) -> tuple[np.ndarray, int]:
     """Frames on the host; DivergedError if they hold NaN, which bytes would show as black."""
     if not bool(finite):
         raise DivergedError(f"frames became NaN or infinite by latent frame {stop}")

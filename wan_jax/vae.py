@@ -105,13 +105,27 @@ class VAE(nnx.Module):
         return self.decoder.conv_in.kernel.dtype
 
 
-def encode_fine(vae: VAE, frames: Array, state: Fine, *, how: How) -> tuple[Array, Fine]:
-    """The encoder as far as the latents' resolution, at which encode_coarse() goes on."""
+Cut = Callable[[int, Array], Array]
+
+
+def _all(i: int, x: Array) -> Array:
+    del i
+    return x
+
+
+def encode_fine(
+    vae: VAE, frames: Array, state: Fine, *, how: How, cut: Cut = _all
+) -> tuple[Array, Fine]:
+    """The encoder as far as the latents' resolution, at which encode_coarse() goes on.
+
+    cut: of i and what the blocks of stage i give: the columns that are kept of it.
+    """
     p = vae.encoder
     x, conv_in = conv3d(p.conv_in, frames, state.conv, how=how)
     stages = []
-    for blocks, past in zip(list(p.stages)[:-1], state.stages, strict=True):
-        x, after = run_stage(blocks, x, past, resample=downsample, how=how)
+    for i, (blocks, past) in enumerate(zip(list(p.stages)[:-1], state.stages, strict=True)):
+        own = functools.partial(cut, i)
+        x, after = run_stage(blocks, x, past, resample=downsample, how=how, cut=own)
         stages.append(after)
     return x, Fine(tuple(stages), conv_in)
 
@@ -135,11 +149,14 @@ def decode_coarse(vae: VAE, raw: Array, state: Coarse, *, how: How) -> tuple[Arr
     return x, Coarse(conv_in, mid, stage)
 
 
-def decode_fine(vae: VAE, x: Array, state: Fine, *, how: How) -> tuple[Array, Fine]:
-    """Frames, float32 and not clipped, of what decode_coarse() gives."""
+def decode_fine(
+    vae: VAE, x: Array, state: Fine, *, how: How, cut: Cut = _all
+) -> tuple[Array, Fine]:
+    """Frames, float32 and not clipped, of what decode_coarse() gives; cut: as in encode_fine()."""
     p, stages = vae.decoder, []
-    for blocks, past in zip(list(p.stages)[1:], state.stages, strict=True):
-        x, after = run_stage(blocks, x, past, resample=upsample, how=how)
+    for i, (blocks, past) in enumerate(zip(list(p.stages)[1:], state.stages, strict=True)):
+        own = functools.partial(cut, i)
+        x, after = run_stage(blocks, x, past, resample=upsample, how=how, cut=own)
         stages.append(after)
     x, conv_out = conv3d(p.conv_out, norm_silu(p.norm_out, x), state.conv, how=how)
     return x.astype(jnp.float32), Fine(tuple(stages), conv_out)
@@ -164,14 +181,16 @@ def _statistics(config: VAEConfig) -> tuple[Array, Array]:
     )
 
 
-def _moments(vae: VAE, frames: Array, state: State, *, how: How) -> tuple[Array, State]:
+def encode_raw(vae: VAE, frames: Array, state: State, *, how: How) -> tuple[Array, State]:
+    """Means and log-variances of raw latents of a chunk, as encode_coarse() gives them."""
     coarse, fine = encoder_parts(state)
     x, fine = encode_fine(vae, frames, fine, how=how)
     x, coarse = encode_coarse(vae, x, coarse, how=how)
     return x, State(fine.conv, coarse.middle, (*fine.stages, coarse.stage), coarse.conv)
 
 
-def _frames(vae: VAE, raw: Array, state: State, *, how: How) -> tuple[Array, State]:
+def decode_raw(vae: VAE, raw: Array, state: State, *, how: How) -> tuple[Array, State]:
+    """Frames of a chunk of raw latents, as decode_fine() gives them."""
     coarse, fine = decoder_parts(state)
     x, coarse = decode_coarse(vae, raw, coarse, how=how)
     x, fine = decode_fine(vae, x, fine, how=how)
@@ -179,12 +198,12 @@ def _frames(vae: VAE, raw: Array, state: State, *, how: How) -> tuple[Array, Sta
 
 
 def _encode(vae: VAE, frames: Array, state: State, *, how: How) -> tuple[Array, State]:
-    moments, state = _moments(vae, frames, state, how=how)
+    moments, state = encode_raw(vae, frames, state, how=how)
     return normalised(vae.config, moments), state
 
 
 def _decode(vae: VAE, latents: Array, state: State, *, how: How) -> tuple[Array, State]:
-    frames, state = _frames(vae, raw_latents(vae.config, latents), state, how=how)
+    frames, state = decode_raw(vae, raw_latents(vae.config, latents), state, how=how)
     return jnp.clip(frames, -1.0, 1.0), state
 
 
@@ -361,40 +380,3 @@ def decode(
         read=1,
         write=vae.config.temporal_stride,
     )
-
-
-def moments(vae: VAE, frames: Array, *, precision: lax.Precision = HIGHEST) -> tuple[Array, Array]:
-    """Mean and log-variance of the raw latents of a whole video, for training.
-
-    frames: [b, 1 + 4n, y, x, 3] in -1..1, all of them one chunk. Both are [b, 1 + n, y/8, x/8, z],
-    float32.
-    """
-    stride = vae.config.spatial_stride
-    batch, _, height, width, _ = frames.shape
-    state = encoder_state(
-        vae.config, batch, height=height // stride, width=width // stride, dtype=vae.dtype
-    )
-    both = _whole(functools.partial(_moments, vae), frames, state, precision=precision)
-    return tuple(jnp.split(both, 2, axis=-1))  # type: ignore[return-value]
-
-
-def reconstruct(vae: VAE, raw: Array, *, precision: lax.Precision = HIGHEST) -> Array:
-    """Frames [b, 1 + 4n, 8h, 8w, 3], float32 and not clipped, of what moments() gives."""
-    batch, _, height, width, _ = raw.shape
-    state = decoder_state(vae.config, batch, height=height, width=width, dtype=vae.dtype)
-    return _whole(functools.partial(_frames, vae), raw, state, precision=precision)
-
-
-def _whole(
-    run: Callable[..., tuple[Array, State]],
-    source: Array,
-    state: State,
-    *,
-    precision: lax.Precision,
-) -> Array:
-    """The first frame and then all others at once."""
-    head, state = run(source[:, :1], state, how=How(True, precision))
-    if source.shape[1] == 1:
-        return head
-    rest, _ = run(source[:, 1:], state, how=How(False, precision))
-    return jnp.concatenate([head, rest], axis=1)

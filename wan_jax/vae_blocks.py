@@ -316,13 +316,17 @@ def run_stage(
     *,
     resample: Callable[..., tuple[Array, Array | None]],
     how: How,
+    cut: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, StageState]:
-    """The blocks of one stage, then `resample` (downsample or upsample) if it has one."""
+    """The blocks of one stage, then `resample` (downsample or upsample) if it has one.
+
+    cut: gives what is resampled of what the blocks give; None is all.
+    """
     pasts = []
     for block, block_state in zip(p.blocks, state.blocks, strict=True):
         x, past = residual_block(block, x, block_state, how=how)
         pasts.append(past)
     time = state.time
     if p.resample is not None:
-        x, time = resample(p.resample, x, time, how=how)
+        x, time = resample(p.resample, x if cut is None else cut(x), time, how=how)
     return x, StageState(tuple(pasts), time)

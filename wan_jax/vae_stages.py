@@ -136,22 +136,45 @@ def decoder_parts(state: State) -> tuple[Coarse, Fine]:
 # A convolution looks one column to either side; that of a halving in space one to the right.
 
 
-def encoder_reach(config: VAEConfig) -> int:
-    """So many latent columns to either side are seen, at most, as frames become Coarse's input."""
-    reach = 0
-    for stage in reversed(encoder_stages(config)[:-1]):
-        reach = (2 * reach + 1 if stage.resample else reach) + 2 * stage.num_blocks
-    return -(-(reach + 1) // config.spatial_stride)
+def encoder_reaches(config: VAEConfig) -> tuple[int, ...]:
+    """How far the encoder sees as frames become Coarse's input, in latent columns to either side.
+
+    At most so many are seen by all of it, and by what follows the blocks of each finer stage.
+    """
+    reach, found = 0, []
+    for i, stage in reversed(list(enumerate(encoder_stages(config)[:-1]))):
+        pixels = config.spatial_stride >> i  # a latent column there
+        reach = 2 * reach + 1 if stage.resample else reach
+        found.append(-(-reach // pixels))
+        reach += 2 * stage.num_blocks
+    return -(-(reach + 1) // config.spatial_stride), *reversed(found)
 
 
-def decoder_reach(config: VAEConfig) -> int:
-    """So many latent columns to either side are seen, at most, as frames become of Coarse's."""
-    reach = 1
-    first, *others = decoder_stages(config)
-    for stage in reversed(others):
-        # The convolution is behind the doubling: of two columns that are one both see the same.
-        reach = (-(-(reach + 1) // 2) if stage.resample else reach) + 2 * stage.num_blocks
-    return -(-reach // 2) if first.resample else reach
+def decoder_reaches(config: VAEConfig) -> tuple[int, ...]:
+    """The same of the decoder, as frames become of what comes of Coarse.
+
+    By all of it, and by what follows the blocks of each finer stage but the last.
+    """
+    reach, found = 1, []
+    first, *finer = decoder_stages(config)
+    for i, stage in reversed(list(enumerate(finer, start=1 if first.resample else 0))):
+        if stage.resample:
+            # The convolution is behind the doubling: of two columns that are one both see the same.
+            reach = -(-(reach + 1) // 2)
+            found.append(-(-reach // 2**i))
+        reach += 2 * stage.num_blocks
+    return -(-reach // 2) if first.resample else reach, *reversed(found)
+
+
+def features_shape(
+    config: VAEConfig, latent_shape: tuple[int, ...], *, first: bool
+) -> tuple[int, ...]:
+    """Of what the decoder makes at first of latents [b, t, h, w, z]; first: of the first of all."""
+    b, t, h, w, _ = latent_shape
+    stage = decoder_stages(config)[0]
+    up = 2 if stage.resample else 1
+    count = 2 * t if stage.temporal and not first else t
+    return b, count, up * h, up * w, stage.d_out // up
 
 
 def encoder_state(

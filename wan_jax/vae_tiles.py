@@ -1,15 +1,15 @@
 """The VAE in tiles of its width on one device: memory that neither length nor width decides.
 
-A tile is a narrower video. What is finer than the latents runs on a window of columns, wide enough
-that those in its middle see all that they see in the whole; the others are computed and cut off. A
-window ends where the video ends, and not sooner, so what a convolution pads with is right where it
-is kept, and the networks know nothing of tiles. Each tile's state waits in the memory of the host
-while the others run. What is at the latents' resolution is small and runs whole.
+A tile is a narrower video (tiles.py). Each runs through a block of chunks before the next one does,
+so that its state never leaves the device in between; after the block it waits in the host's memory
+for the next one. Frames of a block are put together on the host. What is at the latents' resolution
+is small and runs whole, before the tiles of a block or after them.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,96 +19,39 @@ from jax import lax
 from wan_jax import spread, vae, xla
 from wan_jax.config import VAEConfig
 from wan_jax.sharding import Layout
+from wan_jax.tiles import Place, Tiles
 from wan_jax.vae_blocks import How
 from wan_jax.vae_stages import (
     RGB,
     Coarse,
     Fine,
+    StageState,
     State,
     decoder_parts,
-    decoder_reach,
+    decoder_reaches,
     encoder_parts,
-    encoder_reach,
+    encoder_reaches,
+    features_shape,
 )
 
 Array = jax.Array
-_AXIS = 3  # of [b, t, y, x, c]
+Item = TypeVar("Item")
+Offsets = tuple[Any, ...]  # as a Place has them
+Span = tuple[int, int]  # of latent frames
 _HOST = "pinned_host"
-
-
-class Place(NamedTuple):
-    """Where a tile is, in latent columns: its window, its own columns in that and in the whole."""
-
-    window: np.int32
-    inside: np.int32
-    own: np.int32
-
-
-class Tiles(NamedTuple):
-    """The columns of a video whose latents are `width` wide in `number` tiles, or fewer.
-
-    reach: so many latent columns beside its own a tile sees. All tiles are equally wide, so that
-    one program serves them: where the width does not divide the last repeats some of the columns
-    before it.
-    """
-
-    width: int
-    number: int
-    reach: int
-
-    @property
-    def share(self) -> int:
-        """Latent columns that each tile makes."""
-        return -(-self.width // self.number)
-
-    @property
-    def window(self) -> int:
-        """Latent columns that it computes for that."""
-        return min(self.width, self.share + min(2, self.number - 1) * self.reach)
-
-    def places(self) -> list[Place]:
-        """Where the tiles are, from the left."""
-        found = []
-        for start in range(0, self.width, self.share):
-            own = min(start, self.width - self.share)
-            window = min(max(0, own - self.reach), self.width - self.window)
-            found.append(Place(*(np.int32(n) for n in (window, own - window, own))))
-        return found
-
-    def take(self, whole: Array, place: Place) -> Array:
-        """A tile's window of an array of any resolution."""
-        scale = whole.shape[_AXIS] // self.width
-        return lax.dynamic_slice_in_dim(whole, place.window * scale, self.window * scale, _AXIS)
-
-    def cut(self, x: Array, place: Place) -> Array:
-        """A tile's own columns of its window."""
-        scale = x.shape[_AXIS] // self.window
-        return lax.dynamic_slice_in_dim(x, place.inside * scale, self.share * scale, _AXIS)
-
-    def put(self, whole: Array, own: Array, place: Place) -> Array:
-        """The whole with a tile's own columns in it."""
-        scale = whole.shape[_AXIS] // self.width
-        return lax.dynamic_update_slice_in_dim(whole, own, place.own * scale, _AXIS)
+# Bytes on the host that the chunks of a block may take, one chunk at least: then the states cross
+# to the host and back once a block. Those of 1280x720 take 8 GiB, 45 of its chunks of features 4.
+_BLOCK = 4 * 2**30
 
 
 def encoder_tiles(config: VAEConfig, width: int, number: int) -> Tiles:
     """Tiles in which frames are encoded; width: of the latents."""
-    return Tiles(width, min(number, width), encoder_reach(config))
+    return Tiles(width, min(number, width), encoder_reaches(config))
 
 
 def decoder_tiles(config: VAEConfig, width: int, number: int) -> Tiles:
     """Tiles in which latents so wide are decoded."""
-    return Tiles(width, min(number, width), decoder_reach(config))
-
-
-class TiledState(NamedTuple):
-    """What the encoder or the decoder remembers; fine: of each tile, on the host.
-
-    None, as it is at the start, is zeros.
-    """
-
-    coarse: Coarse | None
-    fine: tuple[Fine | None, ...]
+    return Tiles(width, min(number, width), decoder_reaches(config))
 
 
 class Run(NamedTuple):
@@ -118,79 +61,115 @@ class Run(NamedTuple):
     dtype: str
     layout: Layout | None
 
-    def start(self) -> TiledState:
-        """The state before the first frame."""
-        return TiledState(None, (None,) * len(self.tiles.places()))
+
+class Decoded(NamedTuple):
+    """Frames [b, f, y, x, 3], whether they are finite, and how many latent frames are done."""
+
+    frames: np.ndarray
+    finite: bool
+    done: int
 
 
 def decode(
-    network: vae.VAE,
-    latents: Array,
-    state: TiledState,
-    rounding: float,
-    *,
-    run: Run,
-    first: bool,
-    pixels: str,
-) -> tuple[Array, Array, TiledState]:
-    """A chunk of frames, whether they are finite, and the next state.
+    network: vae.VAE, latents: Array, *, run: Run, pixels: str, chunk: int, rounding: float
+) -> Iterator[Decoded]:
+    """The frames of a video, chunk by chunk as streaming.decode() gives them.
 
-    As streaming.decode_program() gives them; the latents lie where the network does.
+    They come a block at a time; before that what comes has no frames and tells what is done. The
+    latents lie where the network does.
     """
-    features, coarse = decode_coarse_program(first, run)(network, latents, state.coarse)
-    b, _, h, w, _ = latents.shape
-    side, time = network.config.spatial_stride, network.config.temporal_stride
-    frames = latents.shape[1] if first else latents.shape[1] * time
-    shape, program = (b, frames, h * side, w * side, RGB), decode_fine_program(first, pixels, run)
-    made = jax.device_put((np.zeros(shape, pixels), np.bool_(True)), features.sharding)
-
-    def step(place: Place, made: Any, fine: Fine | None) -> tuple[Any, Fine]:
-        return program(network, features, place, made, fine, rounding)
-
-    made, after = _each(step, made, state.fine, run.tiles, features.sharding)
-    return *made, TiledState(coarse, after)
+    shape, where, coarse = latents.shape, latents.sharding, None
+    spans = [(0, 1), *((i, i + chunk) for i in range(1, shape[1], chunk))]
+    states = _nothing(run)
+    size = functools.partial(_decoded_bytes, network, shape, pixels)
+    for block, is_last in _blocks(spans, size):
+        begun, ended = block[0][0], block[-1][1]
+        features, coarse = _features(network, latents, block, coarse, run)
+        frames = [np.empty(_frames_shape(network, shape, span), pixels) for span in block]
+        finite = [True] * len(block)
+        step = functools.partial(_decode_tile, network, begun == 0, run, pixels, rounding)
+        made = _each(step, features, states, tiles=run.tiles, where=where, keep=not is_last)
+        total = len(block) * len(states)
+        for count, (place, i, (own, is_finite)) in enumerate(made, start=1):
+            run.tiles.put(frames[i], np.asarray(own), place)
+            finite[i] &= bool(is_finite)
+            yield Decoded(frames[i][:, :0], True, begun + count * (ended - begun) // total)
+        for found, is_finite, (_, stop) in zip(frames, finite, block, strict=True):
+            yield Decoded(found, is_finite, stop)
 
 
 def encode(
-    network: vae.VAE, pixels: Array, state: TiledState, *, run: Run, first: bool
-) -> tuple[Array, TiledState]:
-    """Latents of a chunk, as streaming.encode_program() gives them, and the next state."""
-    config, kernel = network.config, list(network.encoder.stages)[-1].blocks[0].conv1.kernel
-    b, t, y, x, _ = pixels.shape
-    side, time = config.spatial_stride, 1 if first else config.temporal_stride
-    shape = (b, t // time, y // side, x // side, kernel.shape[-1])
-    features = jax.device_put(np.zeros(shape, kernel.dtype), pixels.sharding)
-    program = encode_fine_program(first, run)
+    network: vae.VAE, chunks: Iterable[np.ndarray], *, run: Run, where: jax.sharding.Sharding
+) -> Iterator[Array]:
+    """The latents of a video, chunk by chunk as streaming.encode() gives them.
 
-    def step(place: Place, made: Array, fine: Fine | None) -> tuple[Array, Fine]:
-        return program(network, pixels, place, made, fine)
+    They come a block at a time. where: the network lies.
+    """
+    states, coarse, is_first = _nothing(run), None, True
+    for block, is_last in _blocks(chunks, lambda pixels: pixels.nbytes):
+        features = [_no_features(network, pixels.shape) for pixels in block]
+        step = functools.partial(_encode_tile, network, is_first, run)
+        for place, i, own in _each(
+            step, block, states, tiles=run.tiles, where=where, keep=not is_last
+        ):
+            run.tiles.put(features[i], np.asarray(own), place)
+        for i, x in enumerate(features):
+            program = encode_coarse_program(is_first and i == 0, run)
+            latents, coarse = program(network, jax.device_put(x, where), coarse)
+            yield latents
+        is_first = False
 
-    features, after = _each(step, features, state.fine, run.tiles, pixels.sharding)
-    latents, coarse = encode_coarse_program(first, run)(network, features, state.coarse)
-    return latents, TiledState(coarse, after)
+
+def _blocks(
+    items: Iterable[Item], size: Callable[[Item], int]
+) -> Iterator[tuple[list[Item], bool]]:
+    """Items in runs of at most _BLOCK bytes or one item, and whether the run is the last."""
+    block: list[Item] = []
+    total = 0
+    for item in items:
+        if block and total + size(item) > _BLOCK:
+            yield block, False
+            block, total = [], 0
+        block.append(item)
+        total += size(item)
+    if block:
+        yield block, True
+
+
+def _nothing(run: Run) -> list[Fine | None]:
+    """The states of the tiles before the first frame, which are zeros."""
+    return [None] * len(run.tiles.places())
 
 
 def _each(
-    step: Callable[[Place, Any, Fine | None], tuple[Any, Fine]],
-    made: Any,
-    states: tuple[Fine | None, ...],
+    step: Callable[[int, Array, Offsets, Fine | None], tuple[Any, Fine]],
+    inputs: Sequence[np.ndarray],
+    states: list[Fine | None],
+    *,
     tiles: Tiles,
     where: jax.sharding.Sharding,
-) -> tuple[Any, tuple[Fine, ...]]:
-    """Every tile in turn: what they have made, and their next states, on the host.
+    keep: bool,
+) -> Iterator[tuple[Place, int, Any]]:
+    """What every tile makes of its window of every input, which step() is told the number of.
 
-    The device holds the state of one at a time: the next waits until it has left. The states are
-    used up, so that the host holds each once.
+    Each result comes when the device is at work on the next. The device holds the state of one tile
+    at a time; keep: whether the next ones are put into `states`, on the host, or nobody needs them.
     """
-    after = []
-    for place, state in zip(tiles.places(), states, strict=True):
-        made, left = step(place, made, jax.device_put(state, where))
-        after.append(_to_host(left))
-        del left
-        for leaf in jax.tree.leaves(state):  # jax donates nothing from one memory to another
-            if isinstance(leaf, jax.Array):
-                leaf.delete()
-    return made, tuple(after)
+    waiting = None
+    for number, place in enumerate(tiles.places()):
+        state, states[number] = jax.device_put(states[number], where), None
+        before: np.ndarray | None = None
+        for i, x in enumerate(inputs):
+            if x is not before:  # grey chunks are one array
+                window, before = jax.device_put(tiles.take(x, place), where), x
+            made, state = step(i, window, place.offsets, state)
+            if waiting is not None:
+                yield waiting
+            waiting = place, i, made
+        states[number] = _to_host(state) if keep else None
+        del state
+    if waiting is not None:
+        yield waiting
 
 
 def _to_host(state: Fine) -> Fine:
@@ -200,6 +179,75 @@ def _to_host(state: Fine) -> Fine:
     if _HOST not in kinds:
         return jax.tree.map(np.asarray, state)
     return jax.block_until_ready(jax.device_put(state, leaf.sharding.with_memory_kind(_HOST)))
+
+
+def _decode_tile(
+    network: vae.VAE,
+    first: bool,
+    run: Run,
+    pixels: str,
+    rounding: float,
+    i: int,
+    x: Array,
+    offsets: Offsets,
+    state: Fine | None,
+) -> tuple[tuple[Array, Array], Fine]:
+    """A tile's part of chunk i of a block; first: whether the block is."""
+    program = decode_fine_program(first and i == 0, pixels, run)
+    return program(network, x, offsets, state, rounding)
+
+
+def _encode_tile(
+    network: vae.VAE,
+    first: bool,
+    run: Run,
+    i: int,
+    x: Array,
+    offsets: Offsets,
+    state: Fine | None,
+) -> tuple[Array, Fine]:
+    """The same for encoding."""
+    return encode_fine_program(first and i == 0, run)(network, x, offsets, state)
+
+
+def _features(
+    network: vae.VAE,
+    latents: Array,
+    block: Sequence[Span],
+    state: Coarse | None,
+    run: Run,
+) -> tuple[list[np.ndarray], Coarse | None]:
+    """What the tiles of a block are given, on the host, and the next state."""
+    found = []
+    for start, stop in block:
+        # A dynamic slice: a static one would be a program of its own for every chunk.
+        piece = lax.dynamic_slice_in_dim(latents, start, stop - start, axis=1)
+        features, state = decode_coarse_program(start == 0, run)(network, piece, state)
+        found.append(np.asarray(features))
+    return found, state
+
+
+def _frames_shape(network: vae.VAE, shape: tuple[int, ...], span: Span) -> tuple[int, ...]:
+    """Of the frames of the latents `span` of those of this shape."""
+    (b, _, h, w, _), (start, stop) = shape, span
+    side, time = network.config.spatial_stride, network.config.temporal_stride
+    return b, (stop - start) * time if start else 1, h * side, w * side, RGB
+
+
+def _decoded_bytes(network: vae.VAE, shape: tuple[int, ...], pixels: str, span: Span) -> int:
+    """Of what waits on the host while a chunk is decoded."""
+    piece = (shape[0], span[1] - span[0], *shape[2:])
+    features = features_shape(network.config, piece, first=span[0] == 0)
+    frames = math.prod(_frames_shape(network, shape, span)) * np.dtype(pixels).itemsize
+    return math.prod(features) * network.dtype.itemsize + frames
+
+
+def _no_features(network: vae.VAE, shape: tuple[int, ...]) -> np.ndarray:
+    """Room for what encode_coarse_program() takes of frames of this shape."""
+    config, kernel = network.config, list(network.encoder.stages)[-1].blocks[0].conv1.kernel
+    b, t, y, x, _ = shape
+    side, time = config.spatial_stride, 1 if t == 1 else config.temporal_stride
+    return np.empty((b, t // time, y // side, x // side, kernel.shape[-1]), kernel.dtype)
 
 
 # The programs
@@ -214,7 +262,7 @@ def decode_coarse_program(first: bool, run: Run) -> xla.Program:
     ) -> tuple[Array, Coarse]:
         del fetch  # the network has no stack of layers
         if state is None:
-            state, _ = decoder_parts(_zeros(vae.decoder_state, network, latents, 1))
+            state, _ = decoder_parts(_whole(vae.decoder_state, network, latents))
         raw = vae.raw_latents(network.config, latents)
         return vae.decode_coarse(network, raw, state, how=_how(first, run))
 
@@ -223,59 +271,60 @@ def decode_coarse_program(first: bool, run: Run) -> xla.Program:
 
 @functools.cache
 def decode_fine_program(first: bool, pixels: str, run: Run) -> xla.Program:
-    """Of (network, features, place, (frames, finite), fine state, rounding): the same with a tile.
+    """Of (network, window of features, offsets, fine state, rounding): a tile's own.
 
-    The frames are written in place.
+    ((frames, whether they are finite), the next state). offsets: as a Place has them.
     """
 
     def own(
         network: vae.VAE,
-        features: Array,
-        place: Place,
-        made: tuple[Array, Array],
+        window: Array,
+        offsets: Offsets,
         state: Fine | None,
         rounding: Array,
         *,
         fetch: None = None,
     ) -> tuple[tuple[Array, Array], Fine]:
         del fetch
-        (whole, finite), window = made, run.tiles.take(features, place)
+        tiles, how = run.tiles, _how(first, run)
         if state is None:
-            scale = features.shape[_AXIS] // run.tiles.width
-            _, state = decoder_parts(_zeros(vae.decoder_state, network, window, scale))
-        frames, state = vae.decode_fine(network, window, state, how=_how(first, run))
-        frames = run.tiles.cut(jnp.clip(frames, -1.0, 1.0), place)
-        finite &= jnp.all(jnp.isfinite(frames))
-        return (run.tiles.put(whole, levels(frames, pixels, rounding), place), finite), state
+            b, _, y, x, _ = window.shape
+            height = y * tiles.windows[0] // x
+            state = decoder_fine(network, b, height=height, tiles=tiles)
+        cut = functools.partial(_cut, tiles, offsets)
+        frames, state = vae.decode_fine(network, window, state, how=how, cut=cut)
+        frames = cut(len(offsets) - 1, jnp.clip(frames, -1.0, 1.0))
+        return (levels(frames, pixels, rounding), jnp.all(jnp.isfinite(frames))), state
 
-    return spread.program(own, run.layout, donate_argnums=(3, 4))
+    return spread.program(own, run.layout, donate_argnums=3)
 
 
 @functools.cache
 def encode_fine_program(first: bool, run: Run) -> xla.Program:
-    """Of (network, pixels, place, features, fine state): the features and the state of a tile.
+    """Of (network, window of pixels, offsets, fine state): a tile's own.
 
-    The features, which encode_coarse_program() takes, are written in place.
+    (what encode_coarse_program() takes, the next state).
     """
 
     def own(
         network: vae.VAE,
-        pixels: Array,
-        place: Place,
-        features: Array,
+        window: Array,
+        offsets: Offsets,
         state: Fine | None,
         *,
         fetch: None = None,
     ) -> tuple[Array, Fine]:
         del fetch
-        window, side = run.tiles.take(pixels, place), network.config.spatial_stride
+        tiles, how = run.tiles, _how(first, run)
         if state is None:
-            _, state = encoder_parts(_zeros(vae.encoder_state, network, window, side))
-        found, state = vae.encode_fine(network, window, state, how=_how(first, run))
-        own = run.tiles.cut(found, place).astype(features.dtype)
-        return run.tiles.put(features, own, place), state
+            b, _, y, _, _ = window.shape
+            height = y // network.config.spatial_stride
+            state = encoder_fine(network, b, height=height, tiles=tiles)
+        cut = functools.partial(_cut, tiles, offsets)
+        found, state = vae.encode_fine(network, window, state, how=how, cut=cut)
+        return cut(len(offsets) - 1, found).astype(network.dtype), state
 
-    return spread.program(own, run.layout, donate_argnums=(3, 4))
+    return spread.program(own, run.layout, donate_argnums=3)
 
 
 @functools.cache
@@ -287,22 +336,50 @@ def encode_coarse_program(first: bool, run: Run) -> xla.Program:
     ) -> tuple[Array, Coarse]:
         del fetch
         if state is None:
-            state, _ = encoder_parts(_zeros(vae.encoder_state, network, features, 1))
+            state, _ = encoder_parts(_whole(vae.encoder_state, network, features))
         found, state = vae.encode_coarse(network, features, state, how=_how(first, run))
         return vae.normalised(network.config, found), state
 
     return spread.program(own, run.layout, donate_argnums=2)
 
 
+def encoder_fine(network: vae.VAE, batch: int, *, height: int, tiles: Tiles) -> Fine:
+    """The zero state of a tile of frames; height: of the latents."""
+    size: dict[str, Any] = {"height": height, "dtype": network.dtype}
+    make = functools.partial(vae.encoder_state, network.config, batch, **size)
+    of_windows = [encoder_parts(make(width=window))[1] for window in tiles.windows]
+    return Fine(_narrowing(of_windows), of_windows[0].conv)
+
+
+def decoder_fine(network: vae.VAE, batch: int, *, height: int, tiles: Tiles) -> Fine:
+    """The zero state of a tile of latents so high."""
+    size: dict[str, Any] = {"height": height, "dtype": network.dtype}
+    make = functools.partial(vae.decoder_state, network.config, batch, **size)
+    of_windows = [decoder_parts(make(width=window))[1] for window in tiles.windows]
+    return Fine(_narrowing(of_windows), of_windows[-1].conv)
+
+
+def _whole(make: Callable[..., State], network: vae.VAE, x: Array) -> State:
+    """The zero state of a video of x's batch and size, at the latents' resolution."""
+    b, _, height, width, _ = x.shape
+    return make(network.config, b, height=height, width=width, dtype=network.dtype)
+
+
+def _narrowing(of_windows: Sequence[Fine]) -> tuple[StageState, ...]:
+    """Stage i's state in window i; of its resampling, which is behind the cut, in the next one."""
+    last = len(of_windows) - 1
+    return tuple(
+        of_windows[i].stages[i]._replace(time=of_windows[min(i + 1, last)].stages[i].time)
+        for i in range(len(of_windows[0].stages))
+    )
+
+
+def _cut(tiles: Tiles, offsets: Offsets, i: int, x: Array) -> Array:
+    return tiles.narrow(x, i, offsets)
+
+
 def _how(first: bool, run: Run) -> How:
     return How(first, xla.convolutions(run.dtype))
-
-
-def _zeros(make: Callable[..., State], network: vae.VAE, x: Array, scale: int) -> State:
-    """The zero state of a video of x's batch and size at `scale` times the latents' resolution."""
-    b, _, height, width, _ = x.shape
-    size = {"height": height // scale, "width": width // scale}
-    return make(network.config, b, dtype=network.dtype, **size)
 
 
 def levels(frames: Array, pixels: str, rounding: Array) -> Array:

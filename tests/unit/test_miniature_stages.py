@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from wan_jax import sharding, vae
+from wan_jax import sharding
 from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from wan_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 from wan_jax.training import loop, metrics
@@ -29,6 +29,7 @@ from wan_jax.training.miniature import (
     world,
 )
 from wan_jax.training.miniature.render import render
+from wan_jax.training.miniature.whole import moments
 from wan_jax.training.step import State
 from wan_jax.weights import folders
 
@@ -178,7 +179,7 @@ def test_latents_are_normalised_by_what_was_measured(out: Path) -> None:
     # Deviations are those of samples: means vary less, by what is noise.
     fields = autoencoder.windows(np.random.default_rng(2), 64)
     network = autoencoder.build(config, arrays, "float32")
-    _, logvar = vae.moments(network, render(fields, size=SIZES[0], frames=world.FRAMES))
+    _, logvar = moments(network, render(fields, size=SIZES[0], frames=world.FRAMES))
     noise = np.exp(logvar).mean((0, 1, 2, 3)) / np.square(config.latents_std)
     np.testing.assert_allclose(np.sqrt(every.var(0) + noise), 1.0, atol=0.25)
 

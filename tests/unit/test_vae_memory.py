@@ -1,5 +1,6 @@
 """A limit of memory: in how many tiles the VAE keeps it, and how a user says it."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from wan_jax.planning.memory import Setup
 from wan_jax.planning.needs import needs
 from wan_jax.planning.vae_memory import Coding, Room, Tiling
 from wan_jax.plans import Plan
-from wan_jax.vae_stages import decoder_parts
+from wan_jax.vae_stages import decoder_parts, features_shape
 from wan_jax.weights.sources import abstract_part
 
 GIB = 2**30
@@ -112,29 +113,26 @@ def test_columns_on_several_devices_are_not_cut_into_tiles() -> None:
         Room(2 * GIB, devices=4).tiling("decode", VAEConfig(), (21, 90, 160, 16))
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_a_tile_takes_what_the_formula_gives(chunk: int) -> None:
+@pytest.mark.parametrize("tiling", [Tiling(4, 1), Tiling(4, 2), Tiling(8, 1)], ids=str)
+def test_a_tile_takes_what_the_formula_gives(tiling: Tiling) -> None:
     """Of the released decoder as it compiles for the CPU."""
-    config, tiling = VAEConfig(), Tiling(4, chunk)
-    _, h, w, _ = DECODING.latent_shape
+    config, shape = VAEConfig(), jax.ShapeDtypeStruct
+    _, h, w, z = DECODING.latent_shape
     run = vae_tiles.Run(DECODING.tiles(tiling), "bfloat16", None)
-
-    def states(width: int) -> tuple[Any, Any]:
-        own = jax.eval_shape(lambda: vae.decoder_state(config, 1, height=h, width=width))
-        return decoder_parts(own)
-
-    shape = jax.ShapeDtypeStruct
-    number = shape((), jnp.int32)
-    features = shape((1, 2 * chunk, 2 * h, 2 * w, 192), jnp.float32)
-    made = shape((1, 4 * chunk, 8 * h, 8 * w, 3), jnp.uint8), shape((), jnp.bool_)
-    network, fine = abstract_part(config, jnp.dtype("bfloat16")), states(run.tiles.window)[1]
+    network = abstract_part(config, jnp.dtype("bfloat16"))
+    size = {"height": h, "tiles": run.tiles}
+    fine = jax.eval_shape(functools.partial(vae_tiles.decoder_fine, network, 1, **size))
+    piece = (1, tiling.chunk, h, run.tiles.windows[0], z)
+    window = shape(features_shape(config, piece, first=False), jnp.float32)
+    offsets = tuple(shape((), jnp.int32) for _ in run.tiles.windows)
     program = vae_tiles.decode_fine_program(False, "uint8", run).on(jax.devices()[0])
-    place = vae_tiles.Place(number, number, number)  # type: ignore[arg-type]
-    lowered = program.lower(network, features, place, made, fine, shape((), jnp.float32))
+    lowered = program.lower(network, window, offsets, fine, shape((), jnp.float32))
     memory = lowered.compile().memory_analysis()
     # The network's arguments are those that a tile reads, and small.
-    coarse = sum(leaf.size * 4 for leaf in jax.tree.leaves(states(w)[0]))
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + coarse
+    whole = jax.eval_shape(lambda: vae.decoder_state(config, 1, height=h, width=w))
+    coarse = sum(leaf.size * 4 for leaf in jax.tree.leaves(decoder_parts(whole)[0]))
+    made = 2 * window.size * 4 + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + coarse + made
     assert used == pytest.approx(DECODING.working_bytes(tiling), rel=tolerances.VAE_MEMORY)
 
 
@@ -157,8 +155,11 @@ def test_a_limit_makes_tiles_and_the_frames_stay(
     monkeypatch.setattr(
         streaming, "decode", lambda *a, **k: seen.append(k["tiles"]) or whole(*a, **k)
     )
-    frames = np.concatenate(list(tiled.decode(latents, dtype="float32")), axis=1)
-    assert len(seen) == 1 and seen[0] > 1
+    told: list[int] = []
+    found = list(tiled.decode(latents, dtype="float32", callback=lambda p: told.append(p.done)))
+    frames = np.concatenate(found, axis=1)
+    assert len(seen) == 1 and seen[0] > 1 and all(chunk.shape[1] for chunk in found)
+    assert len(told) > 2 * len(found)
     assert relative_l2(frames, expected) <= tolerances.VAE_TILES
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from tests.random_weights import random_array, relative_l2
 from wan_jax import streaming, vae, vae_tiles
 from wan_jax.config import VAEConfig
 from wan_jax.plans import Plan
+from wan_jax.tiles import Tiles
 from wan_jax.vae import VAE
 from wan_jax.vae_blocks import How
-from wan_jax.vae_stages import decoder_parts, decoder_reach, encoder_parts, encoder_reach
-from wan_jax.vae_tiles import Tiles
+from wan_jax.vae_stages import decoder_parts, decoder_reaches, encoder_parts, encoder_reaches
 from wan_jax.weights import trees
 
 TINY = VAEConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,))
@@ -112,26 +112,73 @@ def test_bfloat16_weights_run_in_tiles_and_whole() -> None:
         assert relative_l2(encode(half, **options), whole(TINY)[0]) <= tolerances.VAE_BFLOAT16
 
 
-def test_the_state_of_tiles_waits_on_the_host() -> None:
-    run = vae_tiles.Run(vae_tiles.decoder_tiles(TINY, WIDTH, 3), "float32", None)
-    first = streaming.place(latents(TINY)[:, :1], None)
-    options = {"run": run, "first": True, "pixels": "uint8"}
-    _, _, state = vae_tiles.decode(network(TINY), first, run.start(), 0.0, **options)
-    assert len(state.fine) == 3
-    for leaf in jax.tree.leaves(state.fine):
-        assert isinstance(leaf, np.ndarray) or leaf.sharding.memory_kind == "pinned_host"
-        assert leaf.shape[3] in (run.tiles.window * 2**up for up in range(3))
-    following = streaming.place(latents(TINY)[:, 1:3], None)
-    options["first"] = False
-    _, _, after = vae_tiles.decode(network(TINY), following, state, 0.0, **options)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.fine))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+def blocks_of(monkeypatch: pytest.MonkeyPatch, *, chunks: int) -> list[vae_tiles.Fine]:
+    """Let a block have so many chunks; the states that go to the host from now on."""
+    kept: list[vae_tiles.Fine] = []
+    to_host = vae_tiles._to_host
+
+    def noted(state: vae_tiles.Fine) -> vae_tiles.Fine:
+        kept.append(to_host(state))
+        return kept[-1]
+
+    def blocks(items: Iterable, size: Callable) -> Iterator[tuple[list, bool]]:
+        return own(items, lambda item: size(item) and vae_tiles._BLOCK // chunks)
+
+    own = vae_tiles._blocks
+    monkeypatch.setattr(vae_tiles, "_to_host", noted)
+    monkeypatch.setattr(vae_tiles, "_blocks", blocks)
+    return kept
 
 
-def test_without_pinned_memory_the_state_is_numpy_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vae_tiles, "_HOST", "none")
-    frames = decode(network(TINY), tiles=2, chunk=2)
+@pytest.mark.parametrize("pinned", [True, False])
+def test_between_blocks_the_states_wait_on_the_host(
+    pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not pinned:
+        monkeypatch.setattr(vae_tiles, "_HOST", "none")
+    kept = blocks_of(monkeypatch, chunks=2)  # of 3 chunks to decode, 5 to encode
+    frames = decode(network(TINY), tiles=3, chunk=2)
     assert relative_l2(frames, whole(TINY)[1]) <= tolerances.VAE_TILES
+    assert len(kept) == 3  # of one block; nobody needs those after the last
+    found = encode(network(TINY), tiles=2)
+    assert relative_l2(found, whole(TINY)[0]) <= tolerances.VAE_TILES
+    assert len(kept) == 3 + 2 * 2
+    for leaf in jax.tree.leaves(kept):
+        assert isinstance(leaf, np.ndarray) or (pinned and is_pinned(leaf))
+
+
+def is_pinned(leaf: jax.Array) -> bool:
+    return leaf.sharding.memory_kind == "pinned_host"
+
+
+def test_a_video_of_one_block_keeps_its_states_on_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = blocks_of(monkeypatch, chunks=5)
+    decode(network(TINY), tiles=3, chunk=1)
+    encode(network(TINY), tiles=3)
+    assert not kept
+
+
+def test_a_block_is_as_long_as_the_host_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae_tiles, "_BLOCK", 10)
+    found = list(vae_tiles._blocks([4, 6, 1, 11, 3, 3], lambda size: size))
+    assert found == [([4, 6], False), ([1], False), ([11], False), ([3, 3], True)]
+    assert list(vae_tiles._blocks([], lambda size: size)) == []
+
+
+def test_what_is_done_is_told_before_the_frames_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks_of(monkeypatch, chunks=3)
+    run = streaming.decode(
+        network(TINY), latents(TINY), pixels="uint8", dtype="float32", tiles=2, chunk=1
+    )
+    told = [(frames.shape[1], done) for frames, done in run]
+    assert told == [
+        *((0, n) for n in (0, 1, 1, 2, 2, 3)),
+        (1, 1), (2, 2), (2, 3),
+        *((0, n) for n in (3, 4, 4, 5)),
+        (2, 4), (2, 5),
+    ]  # fmt: skip
 
 
 def test_what_diverges_in_one_tile_is_known() -> None:
@@ -144,26 +191,43 @@ def test_what_diverges_in_one_tile_is_known() -> None:
 # Where tiles are
 
 
-@pytest.mark.parametrize("reach", [0, 1, 3, 6])
+@pytest.mark.parametrize("reaches", [(0,), (3,), (6, 3, 1), (5, 5, 4, 1)], ids=str)
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 7, 30])
 @pytest.mark.parametrize("width", [1, 2, 5, 13, 30])
-def test_tiles_make_every_column_and_see_what_it_needs(width: int, number: int, reach: int) -> None:
-    tiles = Tiles(width, min(number, width), reach)
+def test_tiles_make_every_column_and_see_what_it_needs(
+    width: int, number: int, reaches: tuple[int, ...]
+) -> None:
+    tiles = Tiles(width, min(number, width), reaches)
     made: set[int] = set()
     places = tiles.places()
-    assert len(places) <= number and tiles.window <= width
+    assert len(places) <= number and max(tiles.windows) <= width
     for place in places:
-        start, own = int(place.window), int(place.own)
-        assert own - start == place.inside and own + tiles.share <= width
-        assert start <= max(0, own - reach)
-        assert start + tiles.window >= min(width, own + tiles.share + reach)
-        assert start >= 0 and start + tiles.window <= width
-        made |= set(range(own, own + tiles.share))
+        starts = np.cumsum([place.start, *place.offsets])
+        assert starts[-1] == place.own and place.own + tiles.share <= width
+        ends = starts + [*tiles.windows, tiles.share]
+        assert (np.diff(starts) >= 0).all() and (np.diff(ends) <= 0).all()
+        assert starts[0] >= 0 and ends[0] <= width
+        for start, end, reach in zip(starts, ends, reaches, strict=False):
+            assert start <= max(0, place.own - reach)
+            assert end >= min(width, place.own + tiles.share + reach)
+        made |= set(range(place.own, place.own + tiles.share))
     assert made == set(range(width))
     assert all(a.own < b.own for a, b in itertools.pairwise(places))
 
 
-Reach = Callable[[VAEConfig], int]
+def test_columns_go_from_the_whole_to_windows_and_back() -> None:
+    tiles = Tiles(13, 4, (3, 1))
+    whole = np.arange(2 * 26, dtype=np.float32).reshape(1, 1, 1, 26, 2)  # two columns a latent one
+    back = np.zeros_like(whole)
+    for place in tiles.places():
+        x = jnp.asarray(tiles.take(whole, place))
+        for i in range(2):
+            x = tiles.narrow(x, i, place.offsets)
+        tiles.put(back, np.asarray(x), place)
+    np.testing.assert_array_equal(back, whole)
+
+
+Reaches = Callable[[VAEConfig], tuple[int, ...]]
 
 
 def _seen(config: VAEConfig, kind: str, column: int) -> set[int]:
@@ -186,11 +250,29 @@ def _seen(config: VAEConfig, kind: str, column: int) -> set[int]:
 
 
 @pytest.mark.parametrize("config", [TINY, RELEASED], ids=["tiny", "released scales"])
-@pytest.mark.parametrize(("kind", "reach"), [("encode", encoder_reach), ("decode", decoder_reach)])
-def test_columns_reach_as_far_as_is_said(config: VAEConfig, kind: str, reach: Reach) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reaches"), [("encode", encoder_reaches), ("decode", decoder_reaches)]
+)
+def test_columns_reach_as_far_as_is_said(config: VAEConfig, kind: str, reaches: Reaches) -> None:
     seen = _seen(config, kind, WIDTH // 2)
-    assert max(abs(column - WIDTH // 2) for column in seen) == reach(config)
+    assert max(abs(column - WIDTH // 2) for column in seen) == reaches(config)[0]
 
 
-def test_the_reach_of_the_released_networks() -> None:
-    assert encoder_reach(VAEConfig()) == 5 and decoder_reach(VAEConfig()) == 6
+def test_the_reaches_of_the_released_networks() -> None:
+    assert encoder_reaches(VAEConfig()) == (5, 4, 3, 1)
+    assert decoder_reaches(VAEConfig()) == (6, 3, 1)
+
+
+@pytest.mark.parametrize("kind", ["encode", "decode"])
+@pytest.mark.parametrize("i", [0, 1, 2])
+def test_columns_that_were_seen_may_not_be_cut(
+    kind: str, i: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing beside its own columns from there on, a tile gives others."""
+    name = f"{kind}r_reaches"
+    reaches = list(getattr(vae_tiles, name)(RELEASED))
+    expected = whole(RELEASED)[0 if kind == "encode" else 1]
+    reaches[i:] = [0] * len(reaches[i:])
+    monkeypatch.setattr(vae_tiles, name, lambda config: tuple(reaches))
+    run = {"encode": encode, "decode": functools.partial(decode, chunk=2)}[kind]
+    assert relative_l2(run(network(RELEASED), tiles=3), expected) > 10 * tolerances.VAE_TILES

@@ -4,6 +4,7 @@ Where programs are compiled, their memory takes the place of what is working mem
 formulas then tell how it changes with another plan or a smaller video.
 """
 
+import statistics
 from typing import NamedTuple
 
 from wan_jax.config import WanConfig
@@ -142,9 +143,8 @@ def _of_vae(case: Case, setup: Setup, cost: vae_costs.Cost, coding: Coding, *, v
     """videos: so many, one after the other."""
     tiling = case.room.best(coding)
     tiles = coding.tiles(tiling)
-    # As if all of a tile were computed anew beside its own columns: what is coarse is not, and
-    # is little.
-    again = len(tiles.places()) * tiles.window / tiles.width
+    # Every finer stage costs about as much, and what is coarse, which tiles leave alone, little.
+    again = len(tiles.places()) * statistics.mean(tiles.windows) / tiles.width
     flops, sent = cost.flops.times(videos * again), cost.sent * videos
     found = Memory(setup.resident("vae"), coding.working_bytes(tiling))
     return Need(found, flops, sent, _seconds(case, flops, 0, sent))

@@ -22,6 +22,7 @@ from wan_jax.config import VAEConfig
 from wan_jax.training import loop
 from wan_jax.training.miniature import files, networks, running, world
 from wan_jax.training.miniature.render import render
+from wan_jax.training.miniature.whole import moments, reconstruct
 from wan_jax.training.optimizer import OptimizerConfig
 from wan_jax.training.step import Params, State
 from wan_jax.weights import trees
@@ -139,7 +140,7 @@ def loss(
     """
     network = build(networks.VAE, params["vae"], jnp.bfloat16)
     frames = render(clips.fields, size=clips.size, frames=clips.frames)
-    mean, logvar = vae.moments(network, frames.astype(jnp.bfloat16))
+    mean, logvar = moments(network, frames.astype(jnp.bfloat16))
     logvar = jnp.clip(logvar, *_LOGVAR)
     raw = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
     cost, squares = _wrong(network, raw, frames)
@@ -153,7 +154,7 @@ def loss(
 
 def _wrong(network: vae.VAE, raw: Array, frames: Array) -> tuple[Array, Array]:
     """What decoded latents cost, and their squared error alone."""
-    error = vae.reconstruct(network, raw.astype(jnp.bfloat16)) - frames
+    error = reconstruct(network, raw.astype(jnp.bfloat16)) - frames
     squares = jnp.mean(jnp.square(error))
     return squares + L1_WEIGHT * jnp.mean(jnp.abs(error)), squares
 
@@ -293,7 +294,7 @@ def measured(arrays: dict[str, np.ndarray]) -> VAEConfig:
 @functools.partial(xla.jit, static_argnames=("size",))
 def _encode(network: vae.VAE, fields: Any, *, size: tuple[int, int]) -> tuple[Array, Array]:
     frames = render(fields, size=size, frames=world.FRAMES)
-    return vae.moments(network, frames, precision=lax.Precision.DEFAULT)
+    return moments(network, frames, precision=lax.Precision.DEFAULT)
 
 
 def reconstruction(arrays: dict[str, np.ndarray], config: VAEConfig, *, count: int) -> list[float]:

@@ -19,6 +19,7 @@ from wan_jax.config import VAEConfig
 from wan_jax.sharding import Layout
 from wan_jax.training.miniature import captions, networks, world
 from wan_jax.training.miniature.render import render
+from wan_jax.training.miniature.whole import moments
 from wan_jax.training.miniature.world import Scene
 
 Array = jax.Array
@@ -213,4 +214,4 @@ def _encode(
 
 def _raw(network: vae.VAE, frames: Array) -> Array:
     """Latents as they leave the encoder, float32."""
-    return vae.moments(network, frames.astype(jnp.bfloat16))[0]
+    return moments(network, frames.astype(jnp.bfloat16))[0]
