@@ -7,7 +7,7 @@ softmax, or divided out of it (cudnn.py), but of 8 bits has a weight that is tol
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from wan_jax import cudnn, fp8, xla
 from wan_jax.layers import pad, precision_of
 
 Array = jax.Array
+Partial = tuple[Array, Array]  # a result, and its weight
 WHOLE = ("cudnn", "splash", "chunked")  # those that partial_attention() has, too
 IMPLEMENTATIONS = (*WHOLE, "cudnn_fp8", "chunked_fp8")
 
@@ -89,7 +90,7 @@ def partial_attention(
     *,
     count: Array | int | None = None,
     implementation: str | None = None,
-) -> tuple[Array, Array]:
+) -> Partial:
     """attention() over some of the keys, to be joined by merge(): the result, and its weight.
 
     count: so many keys are real and the rest are not attended to; None is all of them. It may be 0.
@@ -118,15 +119,12 @@ def counted_attention(q_bsnk: Array, k_bsnk: Array, v_bsnk: Array, log_count: Ar
     return product("bnst,btnk->bsnk", weights, v_bsnk).astype(q_bsnk.dtype)
 
 
-def merge(parts: Iterable[tuple[Array, Array]]) -> Array:
-    """attention() over all keys, from those of partial_attention() over disjoint shares of them."""
-    first, *others = parts
-    total, best = first[0].astype(jnp.float32), first[1]
-    for out, weight in others:
-        both = jnp.logaddexp(best, weight)
-        fade, share = (jnp.exp(x - both)[..., None] for x in (best, weight))
-        total, best = total * fade + out.astype(jnp.float32) * share, both
-    return total.astype(first[0].dtype)
+def merge(one: Partial, other: Partial) -> Partial:
+    """partial_attention() over the keys of both, which are disjoint; the result is float32."""
+    (total, best), (out, weight) = one, other
+    both = jnp.logaddexp(best, weight)
+    fade, share = (jnp.exp(x - both)[..., None] for x in (best, weight))
+    return total.astype(jnp.float32) * fade + out.astype(jnp.float32) * share, both
 
 
 def _checked(

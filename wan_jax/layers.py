@@ -156,8 +156,26 @@ def linear(p: Linear | QuantizedLinear, x: Array) -> Array:
         down, up = (half[...].astype(kernel.dtype) for half in (p.lora.down, p.lora.up))
         y = y + _product(_product(x, down, y.dtype).astype(kernel.dtype), up, y.dtype)
     if p.bias is not None:
-        y = y + p.bias[...].astype(y.dtype)
+        y = _plus(y, p.bias[...])
     return checkpoint_name(y.astype(kernel.dtype), PRODUCT)
+
+
+@jax.custom_vjp
+def _plus(y: Array, bias: Array) -> Array:
+    """y [..., d] + bias [d] in the dtype of y, and a gradient that is summed in float32."""
+    return y + bias.astype(y.dtype)
+
+
+def _plus_forward(y: Array, bias: Array) -> tuple[Array, Array]:
+    return _plus(y, bias), bias
+
+
+def _plus_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
+    rows = tuple(range(gradient.ndim - 1))
+    return gradient, jnp.sum(gradient, rows, dtype=jnp.float32).astype(bias.dtype)
+
+
+_plus.defvjp(_plus_forward, _plus_backward)
 
 
 def _quantized(p: QuantizedLinear, x: Array) -> Array:
@@ -248,11 +266,31 @@ def gelu_tanh(x: Array) -> Array:
     """The tanh form of GELU, computed in float32, in the dtype of x.
 
     On NVIDIA, behind linear(), cuBLASLt does this too, before it rounds; XLA knows it by its form
-    in the product's dtype.
+    in the product's dtype. Where there is a gradient it is not cuBLASLt's, and float32 by itself.
     """
     if x.dtype != jnp.float32 and xla.on_nvidia():
-        return jax.nn.gelu(x, approximate=True)
+        return _gelu_of_product(x)
+    return _gelu_tanh(x)
+
+
+def _gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _gelu_of_product(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return _gelu_tanh(x), x
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    return jax.vjp(_gelu_tanh, x)[1](gradient)
+
+
+_gelu_of_product.defvjp(_gelu_forward, _gelu_backward)
 
 
 def pad(x: Array, axis: int, multiple: int) -> Array:

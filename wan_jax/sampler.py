@@ -88,7 +88,7 @@ def step(
     dit: DiT,
     state: State,
     row: Row,
-    conds: Sequence[Cond] | Cond,
+    conds: spread.Branches,
     guidance: Array,
     noise: Array | None = None,
     *,
@@ -123,7 +123,7 @@ def _checked_step(
     dit: DiT,
     state: State,
     row: Row,
-    conds: Sequence[Cond] | Cond,
+    conds: spread.Branches,
     guidance: Array,
     known: Array | None,
     implementation: str | None = None,
@@ -172,7 +172,7 @@ def sample(
     done, state = start if isinstance(start, Carry) else (0, start)
     state = _jitted_copy(state) if isinstance(state, State) else _jitted_start(state)
     scale, rows = np.float32(guidance), _rows(schedule)
-    given: Sequence[Cond] | Cond = tuple(conds)
+    given: spread.Branches = tuple(conds)
     if layout is not None:
         given = spread.place(conds, layout)
     del conds
@@ -207,7 +207,9 @@ def sample_scan(
 
     def body(state: State, values: Array) -> tuple[State, None]:
         row = Row._make(values[i] for i in range(len(Row._fields)))
-        state = step(dit, state, row, conds, guidance, known=known, implementation=implementation)
+        state = step(
+            dit, state, row, tuple(conds), guidance, known=known, implementation=implementation
+        )
         return state, None
 
     state, _ = lax.scan(body, initial_state(noise_bthwc), table)

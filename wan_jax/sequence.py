@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wan_jax.attention import attention, merge, partial_attention, row_tile
+from wan_jax.attention import Partial, attention, merge, partial_attention, row_tile
 from wan_jax.sharding import RING, ULYSSES
 
 Array = jax.Array
@@ -95,16 +95,21 @@ class Share(NamedTuple):
         """Attention to the keys of every ring member, which each passes on to the next."""
         steps = [(r, (r + 1) % self.ring) for r in range(self.ring)]
         rows, padded = k.shape[1], self.rows * self.devices > self.tokens
-        own, parts = lax.axis_index(RING), []
+        own, pair = lax.axis_index(RING), jnp.stack((k, v))
+        found: Partial | None = None
         for i in range(self.ring):
-            # The next are under way while these are worked on.
-            coming = lax.ppermute((k, v), RING, steps) if i + 1 < self.ring else (k, v)
+            # The next are under way while these are worked on, and no sooner: without the barrier
+            # XLA sends all of them round first, and holds every member's.
+            coming = lax.ppermute(pair, RING, steps) if i + 1 < self.ring else None
             count = None
             if padded:
                 count = jnp.clip(self.tokens - (own - i) % self.ring * rows, 0, rows)
-            parts.append(partial_attention(q, k, v, count=count, implementation=implementation))
-            k, v = coming
-        return merge(parts)
+            part = partial_attention(*(q, *pair), count=count, implementation=implementation)
+            found = part if found is None else merge(found, part)
+            if coming is not None:
+                pair, found = lax.optimization_barrier((coming, found))
+        assert found is not None
+        return found[0].astype(q.dtype)
 
 
 def share_of(tokens: int, dtype: jnp.dtype, *, ring: int = 1, ulysses: int = 1) -> Share:

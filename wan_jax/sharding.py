@@ -107,8 +107,13 @@ def make_mesh(
 def weight_spec(
     shape: tuple[int, ...], over: tuple[str, ...], count: int, small: int = SMALL
 ) -> PartitionSpec:
-    """Split along the largest axis that divides, the last of equals; whole if there is none."""
-    fits = [axis for axis, size in enumerate(shape) if size % count == 0]
+    """Split along the largest axis that divides, the last of equals; whole if there is none.
+
+    The first of several axes is left alone: in a stack it is that of the layers, and every device
+    runs all of them.
+    """
+    first = 1 if len(shape) > 1 else 0
+    fits = [axis for axis in range(first, len(shape)) if shape[axis] % count == 0]
     if count == 1 or not fits or np.prod(shape, dtype=np.int64) < small:
         return PartitionSpec()
     chosen = max(fits, key=lambda axis: (shape[axis], axis))

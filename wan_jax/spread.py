@@ -20,6 +20,7 @@ from wan_jax.dit import Cond, DiT
 from wan_jax.sharding import BATCH, GUIDANCE, RING, ULYSSES, Layout
 
 Array = jax.Array
+Branches = Cond | tuple[Cond, ...]  # see place()
 Fetch = Callable[[Any], Any]  # brings the weights of one layer of a stack, whole
 WHOLE, _ROWS = PartitionSpec(), PartitionSpec(BATCH)
 
@@ -70,12 +71,15 @@ def lies_on(network: Any, layout: Layout | None) -> bool:
     return layout is not None and leaf.sharding.device_set == set(layout.mesh.devices.flat)
 
 
-def place(conds: Sequence[Cond], layout: Layout) -> Cond:
-    """The conditions of the branches, positive first, for velocity(): [branches, i, b, s, n, k].
+def place(conds: Sequence[Cond], layout: Layout) -> Branches:
+    """The conditions of the branches, positive first, for velocity().
 
-    Where the mesh has devices for the guidance, each holds its branch only.
+    Where the mesh has devices for the guidance, each holds its branch only, of arrays [branches, i,
+    b, s, n, k]; else all hold all, apart, so that none is copied to be read.
     """
     where = NamedSharding(layout.mesh, of_branches(len(conds), layout))
+    if not are_apart(len(conds), layout):
+        return tuple(jax.device_put(cond, where) for cond in conds)
     return jax.tree.map(lambda *leaves: jax.device_put(jnp.stack(leaves), where), *conds)
 
 
@@ -83,7 +87,7 @@ def velocity(
     dit: DiT,
     x: Array,
     t: Array | float,
-    conds: Cond,
+    conds: Branches,
     guidance: Array,
     *,
     layout: Layout,
@@ -96,14 +100,14 @@ def velocity(
     along "ulysses"; tokens need not divide.
     """
     weights = _Weights(dit, layout)
-    branches = of_branches(jax.tree.leaves(conds)[0].shape[0], layout)
+    branches = of_branches(2 if isinstance(conds, Cond) else len(conds), layout)
     given = [x] if known is None else [x, jnp.broadcast_to(known, (*x.shape[:-1], known.shape[-1]))]
 
     def run(leaves: Sequence[Array], t: Array, *arguments: Any) -> Array:
         network, fetch = weights.gather(leaves)
         share = network.share(x.shape, ring=layout.size(RING), ulysses=layout.size(ULYSSES))
         run = functools.partial(network, implementation=implementation, fetch=fetch, share=share)
-        return _velocity(run, branches, t, *arguments)
+        return _velocity(run, t, *arguments)
 
     specs = (weights.specs, WHOLE, branches, WHOLE, [_ROWS] * len(given))
     mapped = _map(run, layout, specs, _ROWS)
@@ -115,34 +119,37 @@ def _map(run: Callable[..., Any], layout: Layout, specs: Any, out: Any) -> Calla
     return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=out, check_vma=False)
 
 
+def are_apart(count: int, layout: Layout) -> bool:
+    """Whether so many branches of guidance are computed by devices of their own."""
+    return count == 2 and layout.size(GUIDANCE) == 2
+
+
 def of_branches(count: int, layout: Layout) -> PartitionSpec:
-    """How [branches, layers, b, ...] lies: a branch each if there are devices for two."""
-    apart = count == 2 and layout.size(GUIDANCE) == 2
-    return PartitionSpec(GUIDANCE if apart else None, None, BATCH)
+    """How the conditions of place() lie."""
+    return PartitionSpec(*([GUIDANCE] if are_apart(count, layout) else []), None, BATCH)
 
 
 def _velocity(
     run: Callable[..., Array],
-    branches: PartitionSpec,
     t: Array,
-    conds: Cond,
+    conds: Branches,
     guidance: Array,
     given: Sequence[Array],
 ) -> Array:
     """What one device computes: its videos, its tokens, its branches."""
     x = jnp.concatenate(given, -1)
     t_b = jnp.full((x.shape[0],), t, jnp.float32)
-    found: list[Array] = []
-    for i in range(jax.tree.leaves(conds)[0].shape[0]):
-        if found:  # the activations of one branch shall not live beside those of the other
-            x, found[0] = lax.optimization_barrier((x, found[0]))
-        found.append(run(x, t_b, jax.tree.map(lambda leaf, i=i: leaf[i], conds)))
-    both = jnp.stack(found)
-    if branches[0] is not None:
-        both = lax.all_gather(both, GUIDANCE, tiled=True)
-    if both.shape[0] == 1:
-        return both[0]
-    return both[1] + guidance * (both[0] - both[1])
+    if isinstance(conds, Cond):  # its own branch
+        own = run(x, t_b, jax.tree.map(lambda leaf: leaf[0], conds))
+        positive, negative = lax.all_gather(own, GUIDANCE)
+        return negative + guidance * (positive - negative)
+    positive = run(x, t_b, conds[0])
+    if len(conds) == 1:
+        return positive
+    # The activations of one branch shall not live beside those of the other.
+    x, positive = lax.optimization_barrier((x, positive))
+    negative = run(x, t_b, conds[1])
+    return negative + guidance * (positive - negative)
 
 
 class _Weights:

@@ -169,10 +169,10 @@ def denoise(setup: Setup, work: Work) -> Memory:
 def held(setup: Setup, work: Work) -> int:
     """Bytes that lie on a device beside the denoising program: the conditions as they were made.
 
-    Of several devices they are whole on each until the last step, and the program is given a copy
-    of its own branches.
+    They are whole on each device until the last step. Where devices have branches of guidance or
+    videos of their own, the program is given a copy of those.
     """
-    if setup.plan.devices == 1:
+    if setup.plan.guidance == 1 and setup.plan.batch == 1:
         return 0
     config = setup.config.dit
     images = costs.image_tokens(config, setup.config.clip)

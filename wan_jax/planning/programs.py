@@ -121,9 +121,10 @@ class _Builder(NamedTuple):
         where = NamedSharding(layout.mesh, spread.of_branches(count, layout))
         whole = abstract_part(self.config.dit, jnp.dtype(self.dtype))
         one = jax.eval_shape(DiT.prepare, whole, *self._prepared())
-        conds = jax.tree.map(
-            lambda leaf: Shape((count, *leaf.shape), leaf.dtype, sharding=where), one
-        )
+        if spread.are_apart(count, layout):
+            one = jax.tree.map(lambda leaf: Shape((count, *leaf.shape), leaf.dtype), one)
+        lying = jax.tree.map(lambda leaf: _lying(leaf, where), one)
+        conds = lying if spread.are_apart(count, layout) else (lying,) * count
         x: Any = self._whole((batch, *own.latent_shape), jnp.float32)
         known = None
         if self.config.images:
