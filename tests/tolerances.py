@@ -67,7 +67,7 @@ ATTENTION_BFLOAT16 = 5e-3  # weights and the result are rounded to 8 bits; measu
 ATTENTION_CHUNKED_SHARE = 0.5  # of all scores; two blocks of them are 0.25 of what is tested
 ATTENTION_TPU_OPERANDS = 6.0  # q, k, v, the result, a copy; one head of scores is 42
 IMAGE_TPU_STEP_GIB = 31.25  # what a v6e chip has for programs; measured 28.0
-STREAMED_TPU_STEP = 0.15  # that the formula's 13.0 GiB may be too much; measured 11.4, 0.12 less
+STREAMED_TPU_STEP = 0.22  # that the formula's 13.0 GiB may be too much; measured 10.4, 0.20 less
 ATTENTION_TPU_STEP_GIB = 5.0  # measured 3.9, of which weights and text keys are 2.6
 
 # Noise
@@ -135,7 +135,7 @@ MINIATURE_SHOWS = 0.01  # standard deviation of frames that are not all of one c
 
 # Estimates
 COSTS_PRINTED = 0.005  # TFLOP that were reckoned by hand, to three digits
-COSTS_MEMORY = 0.2  # of a block's temporaries as they compile: 1.00 to 1.18 times those
+COSTS_MEMORY = 0.3  # of a block's temporaries as they compile: 0.99 to 1.26 times those
 COSTS_LESS = 1.05  # so much less than is needed the formula may give: a budget's margin
 COSTS_SECONDS = 0.1  # of a forward measured on an H200: 1.00 times for the 14B, 0.93 for the 1.3B
 AOT_ROOM = 0.9  # of a TPU's memory at most, of the 14B at 720P; measured 0.56 (tpu7x:2x2x1) at most

@@ -86,10 +86,11 @@ def load(
     offload: each stage's weights leave the device when it is done. text_on_cpu: UMT5 runs on the
     host. plan: how a video is spread over devices (plans.choose); None is the first. vae_dtype: of
     the VAE's weights. max_memory: bytes of a device, or such as "6GB", that are to do: if need be
-    the VAE runs in tiles and layers stay in the host's memory; networks are then read when first
-    needed. quantize: "fp8" lets the DiT's large products and its self-attention multiply 8 bits on
-    a Hopper GPU, "fp8_linear" the products alone. callback: told the progress; notify: told in a
-    sentence what takes long. Raises ValueError naming what is wrong.
+    the VAE runs in tiles and layers stay in the host's memory (of which a GPU takes 64 GB, and all
+    only if nothing of JAX ran before); networks are then read when first needed. quantize: "fp8"
+    lets the DiT's large products and its self-attention multiply 8 bits on a Hopper GPU,
+    "fp8_linear" the products alone. callback: told the progress; notify: told in a sentence what
+    takes long. Raises ValueError naming what is wrong.
     """
     kinds: dict[str, Any] = {"dtype": dtype, "vae_dtype": vae_dtype, "quantize": quantize}
     limit = start(max_memory)

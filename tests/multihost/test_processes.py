@@ -24,7 +24,9 @@ WITHIN = 60  # seconds in which the others end
 class Pair:
     """Two processes of one run; `more` flags for the second alone."""
 
-    def __init__(self, folder: Path, *arguments: str, more: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, more: tuple[str, ...] = (), optimised: bool = False
+    ) -> None:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{found.getsockname()[1]}"
@@ -35,7 +37,7 @@ class Pair:
             with log.open("wb") as file:
                 command = [sys.executable, str(ROOT / "run_t2v.py"), *own, *arguments]
                 command += more if i else ()
-                env = environment(4) | {"TF_CPP_MIN_LOG_LEVEL": "2"}
+                env = environment(4, optimised=optimised) | {"TF_CPP_MIN_LOG_LEVEL": "2"}
                 self.processes.append(
                     subprocess.Popen(command, cwd=folder, env=env, stderr=file, stdout=file)
                 )
@@ -78,7 +80,7 @@ def test_two_processes_make_what_one_does(
     """The miniature has three heads, which Ulysses does not split in two; the other has four."""
     given = ["--dtype", "float32"] if trained else [*SMALL, "--ckpt_dir", str(tiny_source)]
     given += ["--cache_dir", str(tmp_path / "cache"), "--sample_steps", "8", "--base_seed", "7"]
-    pairs.append(pair := Pair(tmp_path, *given, "--save_file", "two.npz"))
+    pairs.append(pair := Pair(tmp_path, *given, "--save_file", "two.npz", optimised=trained))
     assert pair.ends(300 if trained else 180) == [0, 0], pair.said(0) + pair.said(1)
     split = "ring 4" if trained else "ulysses 2 x ring 2"
     assert f"plan: 8 devices: guidance 2 x {split}" in pair.said(0)
@@ -86,7 +88,7 @@ def test_two_processes_make_what_one_does(
     assert "saved two.npz" in pair.said(0)
     for word in ("plan:", "denoise", "saved", "convert", "seconds"):
         assert word not in pair.said(1)
-    one = script(*given, "--save_file", "one.npz", cwd=tmp_path)
+    one = script(*given, "--save_file", "one.npz", cwd=tmp_path, optimised=trained)
     assert one.returncode == 0, one.stderr
     with np.load(tmp_path / "one.npz") as a, np.load(tmp_path / "two.npz") as b:
         assert relative_l2(b["latents"], a["latents"]) <= tolerances.SPREAD

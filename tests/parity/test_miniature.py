@@ -19,7 +19,7 @@ from wan_jax.images import read_image
 from wan_jax.tokenizer import load_tokenizer, tokenize
 from wan_jax.training.miniature import captions, evaluate, networks, pack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "optimised")
 
 # Square, for diffusers shows CLIP the middle of an image and the original shows it all of it.
 SIZE, FRAMES, STEPS, GUIDANCE = (128, 128), 33, 20, 3.0

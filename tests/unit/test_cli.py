@@ -23,20 +23,26 @@ def parse(*arguments: str) -> flags.FlagValues:
     return values
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-    """That of a script which finds so many devices."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    own = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+def environment(devices: int = 1, *, optimised: bool = False) -> dict[str, str]:
+    """That of a script which finds so many devices; optimised: its programs are, as a user's."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    if not optimised:
+        flags += " --xla_backend_optimization_level=0"
+    own = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return {**os.environ, **own}
 
 
 def script(
-    *arguments: str, cwd: Path, name: str = "run_t2v.py", devices: int = 1
+    *arguments: str,
+    cwd: Path,
+    name: str = "run_t2v.py",
+    devices: int = 1,
+    optimised: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / name), *arguments],
         cwd=cwd,
-        env=environment(devices),
+        env=environment(devices, optimised=optimised),
         capture_output=True,
         text=True,
         check=False,

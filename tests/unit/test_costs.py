@@ -160,18 +160,28 @@ def test_bytes_of_weights_are_those_of_the_arrays(split: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "tokens", "nvidia", "needed"),
+    ("config", "tokens", "plan", "options", "needed"),
     [
-        (T2V_14B, 75600, False, 8.6),  # a TPU v6e's, where less is fused than the formula has it
-        (T2V_14B, 75600, True, 5.89),
-        (T2V_1_3B, 32760, True, 1.114),
+        (T2V_14B, 75600, Plan(), {"nvidia": False}, 8.2),  # a TPU v6e
+        (T2V_14B, 75600, Plan(), {}, 5.90),
+        (T2V_14B, 75600, Plan(), {"quantized": True}, 6.04),
+        (T2V_14B, 75600, Plan(ulysses=4), {}, 1.78),
+        (T2V_14B, 75600, Plan(guidance=2, ulysses=2), {}, 3.21),
+        (T2V_14B, 75600, Plan(ring=2), {}, 4.10),
+        (T2V_14B, 75600, Plan(ring=4), {}, 2.49),
+        (T2V_14B, 75600, Plan(ring=8), {}, 1.56),
+        (T2V_14B, 75600, Plan(ring=2, ulysses=4), {}, 1.47),
+        (T2V_14B, 32760, Plan(ulysses=8), {}, 0.81),
+        (T2V_1_3B, 32760, Plan(), {}, 1.12),
+        (T2V_1_3B, 32760, Plan(), {"quantized": True}, 1.23),
     ],
 )
 def test_working_memory_is_what_programs_need(
-    config: WanConfig, tokens: int, nvidia: bool, needed: float
+    config: WanConfig, tokens: int, plan: Plan, options: dict[str, bool], needed: float
 ) -> None:
-    """GiB of temporaries of one forward of bfloat16, compiled for a v6e and for an H200."""
-    found = costs.dit_working_bytes(config.dit, tokens, Plan(), nvidia=nvidia) / GIB
+    """GiB of temporaries of a step of bfloat16, compiled for a v6e and for H200s."""
+    options = {"nvidia": True, **options}
+    found = costs.dit_working_bytes(config.dit, tokens, plan, **options) / GIB
     assert found == pytest.approx(needed, rel=tolerances.COSTS_MEMORY)
     assert found > needed / tolerances.COSTS_LESS
 

@@ -15,6 +15,8 @@ from wan_jax.config import KINDS
 from wan_jax.pipeline import Wan
 from wan_jax.training.miniature import captions, evaluate, judge, pack
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Wan:

@@ -97,6 +97,10 @@ def test_the_released_models_fit_where_they_are_said_to() -> None:
     with pytest.raises(ValueError, match=r"to denoise 81 frames of 1280x720 takes at least 14\."):
         Budget(8 * 10**9, setup).streamed([large])
     assert Budget(12 * 10**9, setup._replace(nvidia=True)).streamed([large]) == ("dit",)
+    narrow = Budget(24 * 10**9, setup._replace(nvidia=True, quantize="fp8"))
+    with pytest.raises(ValueError, match=r"to make the DiT of 8 bits takes at least 30\.06GB, 28"):
+        narrow.streamed([work])
+    assert narrow._replace(limit=31 * 10**9).streamed([work]) == ()
     streamed = setup._replace(streamed=("dit",))
     assert setup.resident("dit") - streamed.resident("dit") == streamed.brought("dit")
     two = memory.denoise(streamed, work).fetched

@@ -402,6 +402,7 @@ def test_where_weights_lie() -> None:
     assert spec((30, 1536, 8960), 4) == jax.sharding.PartitionSpec(None, None, over)
     assert spec((30, 8960, 1536), 4) == jax.sharding.PartitionSpec(None, over)
     assert spec((30, 1537, 8961), 4) == jax.sharding.PartitionSpec()
+    assert spec((24, 4096, 4096), 3) == jax.sharding.PartitionSpec()  # layers stay together
     assert spec((1536,), 4) == jax.sharding.PartitionSpec()
     assert spec((30, 1536, 8960), 1) == jax.sharding.PartitionSpec()
     with pytest.raises(ValueError, match="fsdp is 3; a divisor of the"):

@@ -20,6 +20,7 @@ from wan_jax.request import latent_shape
 _MARGIN = 1.05
 _CHOICES = ((), ("umt5",), ("dit",), STREAMABLE)  # those first that take the least time
 PART_OF = {
+    "load": "dit",
     "text": "umt5",
     "views": "clip",
     "image": "vae",
@@ -28,6 +29,7 @@ PART_OF = {
     "decode": "vae",
 }
 _DOING = {
+    "load": "make the DiT of 8 bits",
     "text": "encode a text",
     "views": "see an image",
     "image": "encode {}",
@@ -88,7 +90,7 @@ class Budget(NamedTuple):
         least, work, choice = min(found, key=lambda item: max(item[0].values()))
         stage, needed = max(least.items(), key=lambda item: item[1])
         setup = self.setup._replace(streamed=choice)
-        weights = setup.resident(PART_OF[stage])
+        weights = memory.load(setup).weights if stage == "load" else setup.resident(PART_OF[stage])
         return (
             f"max_memory is {size_text(self.limit)}; to {_doing(stage, setup, work)} takes at "
             f"least {size_text(needed)}, {size_text(weights)} of it weights"
@@ -140,6 +142,8 @@ def _sizes(budget: Budget, work: Work, at_once: int, streamed: tuple[str, ...]) 
         return space.needed(space.coding(kind, config.vae, work.latent_shape, batch))
 
     found = {"text": _needed(memory.text(setup))}
+    if setup.quantize is not None:
+        found["load"] = _needed(memory.load(setup))
     if config.clip is not None:
         found |= {"views": _needed(memory.views(setup)), "image": of_vae("encode", 1)}
     return found | {

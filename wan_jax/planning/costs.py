@@ -143,21 +143,42 @@ def gathered_bytes(network: Any, devices: int, wanted: Callable[[list[str]], boo
 
 
 def dit_working_bytes(
-    config: DiTConfig, tokens: int, plan: Plan, *, itemsize: int = 2, nvidia: bool = False
+    config: DiTConfig,
+    tokens: int,
+    plan: Plan,
+    *,
+    itemsize: int = 2,
+    nvidia: bool = False,
+    quantized: bool = False,
 ) -> int:
     """Bytes of activations that a block needs at once on a device.
 
     l (12 d + 6 f) for l tokens of width d and hidden width f: the residual stream in float32 before
     and after (8 d), the hidden values in float32 and as the next product takes them (6 f), and what
-    goes into the hidden layer and comes out. itemsize: of what products take, 2 here. nvidia:
-    whether the device is; there products round as they end (layers.linear), and 4 f are not there.
-    Programs of 14B at 75,600 tokens need 8.6 GiB on a TPU v6e, by this 10.2, and on an H200 5.89,
-    or 6.04 in 8 bits, by this 6.28; those of 1.3B at 32,760 tokens 1.114 on an H200, by this 1.109.
+    goes into the hidden layer and comes out. itemsize: of what products take, 2 here. A program of
+    14B at 75,600 tokens needs 8.2 GiB on a TPU v6e, by this 10.2. nvidia: see _on_nvidia().
     """
-    rows = Share(tokens, plan.ring, plan.ulysses).rows
     d, f = config.dim, config.ffn_dim
-    rounded = nvidia and itemsize < 4
-    return rows * (8 * d + itemsize * (2 * d + f) + (0 if rounded else 4 * f))
+    rows = Share(tokens, plan.ring, plan.ulysses).rows
+    if nvidia and itemsize < 4:
+        return _on_nvidia(config, rows, plan, itemsize=itemsize, quantized=quantized)
+    return rows * (8 * d + itemsize * (2 * d + f) + 4 * f)
+
+
+def _on_nvidia(config: DiTConfig, rows: int, plan: Plan, *, itemsize: int, quantized: bool) -> int:
+    """The same on an NVIDIA GPU, where products round as they end (layers.linear).
+
+    So the hidden values are not there in float32, but, quantized, in 8 bits. A ring sums in float32
+    and has keys and values under way; devices that share tokens copy a layer's matrices. Programs
+    of 14B at 75,600 tokens need 5.90 GiB, by this 6.28, of four devices with Ulysses 1.78 (2.1), in
+    a ring 2.49 (2.85); of 1.3B at 32,760 tokens 1.12 (1.11), in 8 bits 1.23 (1.25).
+    """
+    d, f = config.dim, config.ffn_dim
+    each = 8 * d + itemsize * (2 * d + f)
+    each += f // 2 if quantized else 0
+    each += 8 * d if plan.ring > 1 else 0
+    shared = plan.ring * plan.ulysses > 1
+    return rows * each + (itemsize * (6 * d * d + 2 * d * f) if shared else 0)
 
 
 def own_branches(plan: Plan, branches: int) -> int:

@@ -121,6 +121,13 @@ class Memory(NamedTuple):
         return self.working + self.fetched
 
 
+def load(setup: Setup) -> Memory:
+    """The DiT while it is made to have 8 bits: as it was read, with the first stack that has."""
+    first = setup.network("dit").layers.self_attn.q.kernel
+    whole = setup._replace(quantize=None)
+    return Memory(whole.resident("dit"), first.size * first.dtype.itemsize // setup.shares("dit"))
+
+
 def text(setup: Setup) -> Memory:
     """UMT5's states of one text."""
     weights = setup.resident("umt5")
@@ -159,7 +166,8 @@ def denoise(setup: Setup, work: Work) -> Memory:
     given = 4 * latents + videos * costs.condition_bytes(
         config, images=images, plan=plan, branches=work.branches, itemsize=size
     )
-    block = costs.dit_working_bytes(config, tokens, plan, itemsize=size, nvidia=setup.nvidia)
+    kind = {"nvidia": setup.nvidia, "quantized": setup.quantize is not None}
+    block = costs.dit_working_bytes(config, tokens, plan, itemsize=size, **kind)
     # The velocities of both branches and what they are joined into.
     working = given + 3 * latents + videos * block
     read = setup.fetched("dit", lambda names: not costs.once(names))

@@ -98,6 +98,8 @@ def needs(case: Case) -> dict[str, Need]:
     """{stage: what it needs}, in the order in which they run."""
     setup = case.setup
     found = {"text": _text(case, setup)}
+    if case.quantize is not None:
+        found["load"] = Need(memory.load(setup), Flops(), 0, None)
     if case.config.clip is not None:
         found |= {"views": _views(case, setup), "image": _image(case, setup)}
     return found | {
