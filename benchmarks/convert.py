@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import child, report, save, table, versions
+from children import child, end_with_signals
+from measure import report
 from random_checkpoint import drop_cached
+from records import ROOT, Results, table, versions
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from tests import manifests  # noqa: E402
+from tests import manifests
 
 PARTS = {"dit": "t2v_1_3b.wan", "vae": "vae.wan", "umt5": "umt5.wan"}  # the manifests
 STORED = {"dit": "float32", "vae": "float32", "umt5": "bfloat16"}  # at tiny scale
@@ -185,11 +186,15 @@ def convert(src: Path, dst: Path, *, kill_after: float | None = None) -> dict[st
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": path}
         )
-        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-            anonymous = max(anonymous, anonymous_bytes(process.pid))
-            if kill_after is not None and time.perf_counter() - start >= kill_after:
-                process.kill()
-            time.sleep(_POLL)
+        try:
+            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+                anonymous = max(anonymous, anonymous_bytes(process.pid))
+                if kill_after is not None and time.perf_counter() - start >= kill_after:
+                    process.kill()
+                time.sleep(_POLL)
+        except BaseException:
+            process.kill()
+            raise
         seconds = time.perf_counter() - start
         output.seek(0)
         lines = output.read().strip().splitlines()
@@ -280,6 +285,7 @@ def main() -> None:
     parser.add_argument("--kill", type=int, default=0, help="conversions to kill")
     parser.add_argument("--child", choices=("make", "inspect"))
     arguments = parser.parse_args()
+    end_with_signals()
     dst = arguments.dst.absolute()
     if arguments.child == "inspect":
         report(inspect(dst))
@@ -300,7 +306,9 @@ def main() -> None:
     shutil.rmtree(dst, ignore_errors=True)
     print(f"{known}, {versions()}")
     if arguments.scale == "full":
-        print(f"written to {save('convert', rows, {**known})}")
+        results = Results("convert", known, [{}])
+        results.write(rows)
+        print(f"written to {results.path}")
     columns = ("run", "seconds", "status", "rss_gib", "anon_gib", "is_checkpoint", "partial")
     print(table(rows, (*columns, "partial_gb", "right", "error")))
     if not all(row["right"] for row in rows):

@@ -6,22 +6,22 @@ Ours runs the product's own path: tokenizer, UMT5-XXL, for an image CLIP and the
 DiT with guidance, the VAE, the mp4. The peer runs what can be compared: as many steps of diffusers'
 compiled transformer with guidance and UniPC. Both are warm: two steps (and for ours a whole decode)
 are run first. Weights are made on the card. Prints one table and writes
-results/end_to_end_MODEL.json. Needs a CUDA GPU, torch and diffusers.
+results/end_to_end_MODEL.json. Needs a CUDA GPU, torch, diffusers and an ffmpeg.
 """
 
-import argparse
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
-from dit import MODELS as T2V_MODELS
-from measure import child, in_torch, peak_gib, report, save, table, versions
+from measure import attempt, peak_gib, torch_device
+from networks import LATENTS, diffusers_transformer, random_dit, whole_config
+from records import OURS
+from runs import Case, listed, parser, run
 
-# name: heads, layers, ffn, latent frames, latent height, latent width
-MODELS = {**T2V_MODELS, "i2v-14B": T2V_MODELS["14B"], "flf2v-14B": T2V_MODELS["14B"]}
-IMAGE_TOKENS = {"i2v-14B": 257, "flf2v-14B": 514}
+MODELS = ("1.3B", "14B", "i2v-14B", "flf2v-14B")
+FRAMES = 81
 
 
 def random_networks(config: Any) -> dict[str, Callable[[], Any]]:
@@ -31,15 +31,8 @@ def random_networks(config: Any) -> dict[str, Callable[[], Any]]:
     from flax import nnx
 
     from wan_jax.clip import CLIP
-    from wan_jax.dit import DiT
     from wan_jax.umt5 import UMT5
     from wan_jax.vae import VAE
-
-    def dit() -> DiT:
-        network = jax.jit(lambda: DiT(config.dit, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
-        head = network.head_proj.kernel
-        head[...] = 0.02 * jax.random.normal(jax.random.key(1), head.shape)
-        return network
 
     makers = {
         "vae": lambda: VAE(config.vae, rngs=nnx.Rngs(2)),
@@ -47,7 +40,7 @@ def random_networks(config: Any) -> dict[str, Callable[[], Any]]:
         "clip": lambda: CLIP(config.clip, rngs=nnx.Rngs(4), dtype=jnp.float16),
     }
     made = {part: jax.jit(makers[part]) for part in config.dit.parts if part != "dit"}
-    return {"dit": dit, **made}
+    return {"dit": lambda: random_dit(config.dit), **made}
 
 
 def picture(width: int, height: int) -> Any:
@@ -62,20 +55,17 @@ def picture(width: int, height: int) -> Any:
 
 
 def run_ours(model: str, steps: int, mp4: str) -> dict[str, Any]:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
     import wan_jax
-    from wan_jax import cli
-    from wan_jax.config import RELEASED
+    from wan_jax import cli, media
     from wan_jax.tokenizer import load_tokenizer, write_byte_tokenizer
 
-    config = RELEASED[model if model in RELEASED else f"t2v-{model}"]
+    config, (t, h, w) = whole_config(model), LATENTS[model]
+    width, height, frames = 8 * w, 8 * h, 4 * t - 3
+    media.check_output(mp4, frames, size=(width, height))  # before anything slow
     with tempfile.TemporaryDirectory() as folder:
         write_byte_tokenizer(folder)
         tokenizer = load_tokenizer(folder)
     wan = wan_jax.Wan(config, tokenizer, random_networks(config))
-    *_, h, w = MODELS[model]
-    width, height = 8 * w, 8 * h
     image = picture(width, height)
     images = dict(zip(("image", "last_image"), [image, image[:, ::-1]][: config.images]))
 
@@ -85,6 +75,7 @@ def run_ours(model: str, steps: int, mp4: str) -> dict[str, Any]:
             "Two cats box on a spotlit stage.",
             **images,
             size=(width, height),
+            frames=frames,
             steps=steps,
             seed=0,
             callback=reporter,
@@ -104,105 +95,80 @@ def run_ours(model: str, steps: int, mp4: str) -> dict[str, Any]:
     }
 
 
-def diffusers_transformer(model: str, backend: str) -> Any:
-    """The compiled transformer in bfloat16, made on the card."""
-    import torch
-    from diffusers import WanTransformer3DModel
-
-    heads, layers, ffn, *_ = MODELS[model]
-    image = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128 * heads}
-    if model.startswith("flf2v"):
-        image["pos_embed_seq_len"] = IMAGE_TOKENS[model]
-    settings = {
-        "num_attention_heads": heads,
-        "attention_head_dim": 128,
-        "num_layers": layers,
-        "ffn_dim": ffn,
-        "cross_attn_norm": True,
-        "rope_max_seq_len": 1024,
-        **(image if model in IMAGE_TOKENS else {}),
-    }
-    network = in_torch(lambda: WanTransformer3DModel(**settings), torch.bfloat16)
-    network.set_attention_backend(backend)
-    network.compile_repeated_blocks(fullgraph=False)
-    return network
-
-
 def run_diffusers(model: str, steps: int, backend: str) -> dict[str, Any]:
     import torch
     from diffusers import UniPCMultistepScheduler
 
-    network = diffusers_transformer(model, backend)
-    t, h, w = MODELS[model][3:]
-    options = {"device": "cuda", "dtype": torch.bfloat16}
-    texts = [torch.randn(1, 512, 4096, **options) for _ in range(2)]
-    known = torch.randn(1, 20 if model in IMAGE_TOKENS else 0, t, h, w, **options)
+    whole, shape, device = whole_config(model), LATENTS[model], torch_device()
+    config = whole.dit
+    network = diffusers_transformer(config)
+    network.set_attention_backend(backend)
+    options = {"device": device, "dtype": torch.bfloat16}
+    texts = [torch.randn(1, config.text_len, config.text_dim, **options) for _ in range(2)]
+    known = torch.randn(1, config.in_channels - config.out_channels, *shape, **options)
     tokens = None
-    if model in IMAGE_TOKENS:
-        tokens = torch.randn(1, IMAGE_TOKENS[model], 1280, **options)
+    if whole.clip is not None:
+        tokens = torch.randn(1, whole.images * whole.clip.num_tokens, whole.clip.dim, **options)
 
     def run(steps: int) -> float:
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
         )
-        scheduler.set_timesteps(steps, device="cuda")
-        latents = torch.randn(1, 16, t, h, w, device="cuda")
-        torch.cuda.synchronize()
+        scheduler.set_timesteps(steps, device=device)
+        latents = torch.randn(1, config.out_channels, *shape, device=device)
+        if device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         with torch.no_grad():
             for now in scheduler.timesteps:
-                x = torch.cat([latents.to(torch.bfloat16), known], 1)
-                step = now[None]
+                given = {
+                    "hidden_states": torch.cat([latents.to(torch.bfloat16), known], 1),
+                    "timestep": now[None],
+                    "encoder_hidden_states_image": tokens,
+                    "return_dict": False,
+                }
                 positive, negative = (
-                    network(
-                        hidden_states=x,
-                        timestep=step,
-                        encoder_hidden_states=text,
-                        encoder_hidden_states_image=tokens,
-                        return_dict=False,
-                    )[0]
-                    for text in texts
+                    network(encoder_hidden_states=text, **given)[0] for text in texts
                 )
                 guided = negative + 5.0 * (positive - negative)
                 latents = scheduler.step(guided, now, latents, return_dict=False)[0]
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     run(2)
-    return {"denoise": run(steps), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = run(steps)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    return {"denoise": seconds, "peak_gib": peak}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="1.3B", choices=tuple(MODELS))
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--mp4", default=os.path.join(tempfile.gettempdir(), "end_to_end.mp4"))
-    parser.add_argument("--backend", default="_native_cudnn", help="diffusers' attention")
-    parser.add_argument("--child", choices=("wan_jax", "diffusers"))
-    arguments = parser.parse_args()
-    if arguments.child == "wan_jax":
-        report(run_ours(arguments.model, arguments.steps, arguments.mp4))
+    flags = parser(__doc__, systems=(OURS, "diffusers"))
+    flags.add_argument("--model", default="1.3B", choices=MODELS)
+    flags.add_argument("--steps", type=int, default=50)
+    flags.add_argument("--mp4", default=os.path.join(tempfile.gettempdir(), "end_to_end.mp4"))
+    flags.add_argument("--backend", default="_native_cudnn", help="diffusers' attention")
+    arguments = flags.parse_args()
+    model = "tiny" if arguments.tiny else arguments.model
+    backend, steps = "native" if arguments.tiny else arguments.backend, arguments.steps
+    if arguments.child == OURS:
+        attempt({}, lambda: run_ours(model, steps, os.path.abspath(arguments.mp4)))
         return
-    if arguments.child == "diffusers":
-        report(run_diffusers(arguments.model, arguments.steps, arguments.backend))
+    if arguments.child:
+        attempt({}, lambda: run_diffusers(model, steps, backend))
         return
-    passed = ["--model", arguments.model, "--steps", str(arguments.steps)]
-    passed += ["--mp4", arguments.mp4, "--backend", arguments.backend]
-    rows = []
-    for system in ("wan_jax", "diffusers"):
-        rows.append({"system": system, **child(__file__, ["--child", system, *passed])})
-        print(rows[-1], flush=True)
-    for row in rows:
-        if "denoise" in row and "denoise" in rows[-1]:
-            row["ratio"] = row["denoise"] / rows[-1]["denoise"]
-    import jax
-
-    device = jax.devices()[0].device_kind
-    facts = {"device": device, "model": arguments.model, "steps": arguments.steps, "frames": 81}
-    path = save(f"end_to_end_{arguments.model}", rows, facts)
-    print(f"{device}, {versions()}\nwritten to {path}")
+    own = ["--model", arguments.model, "--steps", str(steps), "--mp4", arguments.mp4]
+    cases = [
+        Case({"system": system}, ["--child", system, *own, "--backend", arguments.backend])
+        for system in listed(arguments.systems)
+    ]
+    facts = {"model": model, "steps": steps, "frames": FRAMES}
     columns = ("system", "denoise", "ratio", "encode", "clip", "image", "decode", "to_mp4")
-    print(table(rows, (*columns, "first_run", "peak_gib", "error")))
+    columns += ("first_run", "peak_gib")
+    options: dict[str, Any] = {"arguments": arguments, "columns": columns, "number": "denoise"}
+    run(f"end_to_end_{model}", __file__, cases, facts=facts, **options)
 
 
 if __name__ == "__main__":

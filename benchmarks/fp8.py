@@ -12,21 +12,23 @@ Hopper GPU.
 """
 
 import functools
-import os
 import re
 import time
 from collections import Counter
 from typing import Any
 
-from measure import OURS, Case, attempt, median_seconds, parser, run
+from measure import BUSY, attempt, median_seconds
+from records import NARROW, OURS, WIDE
+from runs import Case, listed, parser, run
 
 LENGTHS = {"kernel": (1000, 2046, 8192)}  # the second and third with padding or none to 512
-PRODUCTS = {  # rows, in, out
-    "product 1.3B ffn_in": (32_760, 1536, 8960),
-    "product 1.3B ffn_out": (32_760, 8960, 1536),
-    "product 14B q": (75_600, 5120, 5120),
-    "product 14B ffn_in": (75_600, 5120, 13824),
-    "product 14B ffn_out": (75_600, 13824, 5120),
+# Rows, in, out; of the tokens of 81 frames a run makes as many rows (attention.row_tile).
+PRODUCTS = {
+    "product 1.3B ffn_in": (32_768, 1536, 8960),
+    "product 1.3B ffn_out": (32_768, 8960, 1536),
+    "product 14B q": (75_648, 5120, 5120),
+    "product 14B ffn_in": (75_648, 5120, 13824),
+    "product 14B ffn_out": (75_648, 13824, 5120),
 }
 LATENTS = {"program 1.3B": (21, 60, 104), "program 14B": (21, 90, 160)}
 TINY = {"kernel": (60,), "product": (40, 32, 48), "program": (2, 4, 4)}
@@ -66,7 +68,7 @@ def run_kernel(lengths: tuple[int, ...]) -> None:
             attempt({"how": f"{tokens} tokens, {name}"}, own)
 
 
-def run_product(rows: int, d_in: int, d_out: int) -> None:
+def run_product(rows: int, d_in: int, d_out: int, *, tiny: bool = False) -> None:
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -87,16 +89,21 @@ def run_product(rows: int, d_in: int, d_out: int) -> None:
         with jax.default_matmul_precision(precision):
             program = xla.jit(linear)
             found = program(p, x)[:, some].astype(jnp.float32)
-            seconds = median_seconds(lambda: jax.block_until_ready(program(p, x)), repeats=9)
+            step = functools.partial(program, p, x)
+            seconds = median_seconds(
+                lambda: jax.block_until_ready(step()), repeats=9, busy=0.0 if tiny else BUSY
+            )
         deviation = float(jnp.linalg.norm(found - same) / jnp.linalg.norm(same))
         return {"seconds": seconds, "deviation": deviation}
 
-    for how, p, precision in (
-        ("bfloat16", wide, None),
-        ("8 bits", narrow, None),
-        ("8 bits, highest", narrow, "highest"),
+    work = 2 * rows * d_in * d_out / 1e12
+    for how, kind, p, precision in (
+        ("bfloat16", WIDE, wide, None),
+        ("8 bits", NARROW, narrow, None),
+        ("8 bits, highest", NARROW, narrow, "highest"),
     ):
-        attempt({"how": how}, lambda p=p, precision=precision: measure(p, precision))
+        labels = {"how": how, "kind": kind, "tflop": work}
+        attempt(labels, lambda p=p, precision=precision: measure(p, precision))
 
 
 def run_program(case: str, latents: tuple[int, ...], *, tiny: bool) -> None:
@@ -138,18 +145,18 @@ def main() -> None:
     arguments = flags.parse_args()
     whole: dict[str, Any] = TINY if arguments.tiny else {**LENGTHS, **PRODUCTS, **LATENTS}
     if arguments.child:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         case = arguments.case
         if case.startswith("kernel"):
             run_kernel(whole[case])
         elif case.startswith("product"):
-            run_product(*whole[case])
+            run_product(*whole[case], tiny=arguments.tiny)
         else:
             run_program(case, whole[case], tiny=arguments.tiny)
         return
-    names = arguments.cases.split(",") if arguments.cases else list(whole)
-    cases = [Case({"case": name}, ["--child", OURS, "--case", name]) for name in names]
-    columns = ("case", "how", "seconds", "deviation", "products", "attentions", "temp_gib")
+    names = listed(arguments.cases or "") if not arguments.tiny else []
+    cases = [Case({"case": name}, ["--child", OURS, "--case", name]) for name in names or whole]
+    columns = ("case", "how", "seconds", "tflop_per_s", "share", "deviation", "products")
+    columns += ("attentions", "temp_gib")
     run("fp8", __file__, cases, arguments=arguments, columns=columns)
 
 

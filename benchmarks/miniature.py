@@ -7,12 +7,13 @@ settings; the VAE's PSNR on held-out clips. Minutes on a GPU, an hour or two on 
 results/miniature.json, whose rows are those of evaluate.scores().
 """
 
-import argparse
 import json
+import os
 import tempfile
 from typing import Any
 
-from measure import save, versions
+from records import Results, versions
+from runs import listed, parser
 
 
 def vae_row(wan: Any, count: int) -> dict[str, Any]:
@@ -29,28 +30,35 @@ def vae_row(wan: Any, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", default="t2v,i2v,flf2v")
-    parser.add_argument("--clips", type=int, default=200)
-    parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--vae_clips", type=int, default=16, help="of every size")
-    arguments = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--kinds", default="t2v,i2v,flf2v")
+    flags.add_argument("--clips", type=int, default=200)
+    flags.add_argument("--pairs", type=int, default=100)
+    flags.add_argument("--vae_clips", type=int, default=16, help="of every size")
+    arguments = flags.parse_args()
+    if arguments.tiny:
+        arguments.clips = arguments.pairs = arguments.vae_clips = 1
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     import jax
 
     import wan_jax
     from wan_jax.training.miniature import evaluate
 
     rows: list[dict[str, Any]] = []
-    facts = {"device": jax.devices()[0].device_kind}
-    for kind in arguments.kinds.split(","):
+    kinds, facts = listed(arguments.kinds), {"device": jax.devices()[0].device_kind}
+    labels = [{"kind": kind} for kind in (*kinds, *(["vae"] if "t2v" in kinds else []))]
+    results = Results(arguments.name or "miniature", facts, labels, tiny=arguments.tiny)
+    for kind in kinds:
         with tempfile.TemporaryDirectory() as cache:
             wan = wan_jax.load(f"mini-{kind}", cache_dir=cache)
             counts = {"clips": arguments.clips, "pairs": arguments.pairs}
             if kind == "t2v" and arguments.vae_clips:
                 rows.append(vae_row(wan, arguments.vae_clips))
             rows.append(evaluate.scores(wan, **counts, notify=lambda text: print(text, flush=True)))
-        path = save("miniature", rows, facts)
-    print(f"{facts['device']}, {versions()}\nwritten to {path}\n{json.dumps(rows, indent=2)}")
+        results.write(rows)
+    print(
+        f"{facts['device']}, {versions()}\nwritten to {results.path}\n{json.dumps(rows, indent=2)}"
+    )
 
 
 if __name__ == "__main__":

@@ -9,38 +9,32 @@ adds rows to spare. The truth is the same weights in float32 throughout. Prints 
 results/precision.json. Needs a CUDA GPU.
 """
 
-import argparse
 import dataclasses
 from typing import Any
 from unittest import mock
 
-from measure import save, table, versions
+from measure import attempt
+from networks import random_dit, whole_config
+from records import OURS
+from runs import Case, listed, parser, run
 
-SHAPE = (1, 6, 60, 104, 16)
+GRID, TINY = (6, 60, 104), (2, 8, 8)
 
 
 def errors(model: str, layers: int) -> dict[str, Any]:
     """Relative L2 of both ways from float32."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from wan_jax import sampler, xla
-    from wan_jax.config import RELEASED
     from wan_jax.dit import DiT
 
-    config = dataclasses.replace(RELEASED[f"t2v-{model}"].dit, num_layers=layers)
-
-    def make() -> DiT:
-        network = DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-        head = jax.random.normal(jax.random.key(2), network.head_proj.kernel.shape) * 0.02
-        network.head_proj.kernel[...] = head
-        return network
-
-    narrow = jax.jit(make)()
+    config = dataclasses.replace(whole_config(model).dit, num_layers=layers)
+    narrow = random_dit(config)
     keys = jax.random.split(jax.random.key(1), 3)
-    x = jax.random.normal(keys[0], SHAPE)
-    texts = [jax.random.normal(key, (1, 512, config.text_dim), jnp.bfloat16) for key in keys[1:]]
+    x = jax.random.normal(keys[0], (1, *(TINY if model == "tiny" else GRID), config.in_channels))
+    shape = (1, config.text_len, config.text_dim)
+    texts = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:]]
 
     def run(network: DiT, jit: Any, implementation: str | None) -> jax.Array:
         @jit
@@ -54,27 +48,34 @@ def errors(model: str, layers: int) -> dict[str, Any]:
         return forward(network, x, texts)
 
     found = {"as a run": run(narrow, xla.jit, None)}
+    kernel = "cudnn" if jax.default_backend() == "gpu" else "chunked"
     with mock.patch.object(xla, "on_nvidia", return_value=False):
-        found["plain"] = run(narrow, jax.jit, "cudnn")
+        found["plain"] = run(narrow, jax.jit, kernel)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
     truth = run(wide, jax.jit, "chunked")
     size = jnp.linalg.norm(truth)
     row = {name: float(jnp.linalg.norm(v - truth) / size) for name, v in found.items()}
-    return {"model": model, "layers": layers, **row, "ratio": row["as a run"] / row["plain"]}
+    return {**row, "ratio": row["as a run"] / row["plain"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="1.3B,14B")
-    parser.add_argument("--layers", type=int, default=4)
-    arguments = parser.parse_args()
-    import jax
-
-    rows = [errors(model, arguments.layers) for model in arguments.models.split(",")]
-    device = jax.devices()[0].device_kind
-    path = save("precision", rows, {"device": device})
-    print(f"{device}, {versions()}\nwritten to {path}")
-    print(table(rows, ("model", "layers", "plain", "as a run", "ratio")))
+    flags = parser(__doc__)
+    flags.add_argument("--models", default="1.3B,14B")
+    flags.add_argument("--layers", type=int, default=4)
+    arguments = flags.parse_args()
+    layers = arguments.layers
+    if arguments.child:
+        attempt({}, lambda: errors(arguments.case, layers))
+        return
+    cases = [
+        Case(
+            {"model": model, "layers": layers},
+            ["--child", OURS, "--case", model, "--layers", str(layers)],
+        )
+        for model in (["tiny"] if arguments.tiny else listed(arguments.models))
+    ]
+    columns = ("model", "layers", "plain", "as a run", "ratio")
+    run("precision", __file__, cases, arguments=arguments, columns=columns)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Converted checkpoints of random numbers, for benchmarks that read weights from the disk."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -56,17 +57,32 @@ def network(config: Any) -> Any:
 
 
 def write(model: str, folder: Path, *, parts: Sequence[str] = ("dit",)) -> None:
-    """Write FOLDER/PART of each part that is not there; it appears when it is whole."""
+    """Write FOLDER/PART of each part that is not there; it appears when it is whole.
+
+    Of several processes that write the same at once the first to be done is the one that counts.
+    """
     from wan_jax.weights import checkpoint
 
-    work = folder / "unfinished"
-    for part in parts:
-        if (folder / part).exists():
-            continue
+    work = folder / f"unfinished-{os.getpid()}"
+    try:
+        for part in parts:
+            if (folder / part).exists():
+                continue
+            checkpoint.save_arrays(work / part, arrays(getattr(config_of(model), part)))
+            with contextlib.suppress(FileExistsError):
+                _appear(work / part, folder / part)
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        checkpoint.save_arrays(work / part, arrays(getattr(config_of(model), part)))
-        (work / part).rename(folder / part)
-    shutil.rmtree(work, ignore_errors=True)
+
+
+def _appear(work: Path, place: Path) -> None:
+    """Rename; FileExistsError if there is such a folder by now."""
+    try:
+        work.rename(place)
+    except OSError as error:
+        if not place.exists():
+            raise
+        raise FileExistsError(f"{place} is there") from error
 
 
 def write_all(model: str, folder: Path) -> None:

@@ -9,26 +9,30 @@ there and the most that ever did. The files are dropped from the page cache firs
 system lets us. Prints one table and writes results/restore.json.
 """
 
-import argparse
-import os
 import resource
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from measure import child, report, save, table, versions
+from measure import attempt
 from random_checkpoint import config_of, drop_cached, write
+from runs import Case, listed, parser, run
+
+MODELS = ("14B", "1.3B", "tiny")
 
 
 def measure(model: str, folder: Path, *, count: int, split: bool) -> dict[str, Any]:
     """Restore onto so many devices."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     from wan_jax import sharding
     from wan_jax.weights import checkpoint
 
     devices = jax.devices()[:count]
+    if len(devices) < count:
+        raise ValueError(f"{count} devices are asked for, and there are {len(devices)}")
     layout = sharding.make_layout(count, devices=devices).of_weights(split=split)
     drop_cached(folder / "dit")
     before, start = _bytes_read(), time.perf_counter()
@@ -59,36 +63,50 @@ def _bytes_read() -> int:
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="14B", choices=("14B", "1.3B", "tiny"))
-    parser.add_argument("--counts", default="1,2")
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    model, folder = arguments.model, arguments.folder
-    if arguments.child:
-        count, split = map(int, arguments.child)
-        report(measure(model, folder, count=count, split=bool(split)))
-        return
-    if not (folder / "dit").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        write(model, folder)
-        print(f"written in {time.perf_counter() - start:.0f} s", flush=True)
-    rows = []
-    for count in map(int, arguments.counts.split(",")):
-        for split in (0, 1) if count > 1 else (0,):
-            own = ["--model", model, "--folder", str(folder), "--child", str(count), str(split)]
-            rows.append({"devices": count, "split": bool(split), **child(__file__, own)})
-            print(rows[-1], flush=True)
-    import jax
+def written(model: str, folder: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    write(model, folder)
+    return {"write_seconds": time.perf_counter() - start}
 
-    device = jax.devices()[0].device_kind
-    path = save("restore", rows, {"model": model, "device": device})
-    print(f"{device}, {versions()}\nwritten to {path}")
+
+def cases_of(model: str, folder: Path, counts: str) -> list[Case]:
+    """Writing, on the host alone, if there is nothing to restore; each number of devices."""
+    same, cases = ["--model", model, "--folder", str(folder)], []
+    if not (folder / "dit").exists():
+        labels = {"model": model, "how": "write"}
+        cases.append(Case(labels, [*same, "--child", "write"], {"JAX_PLATFORMS": "cpu"}))
+    for count in map(int, listed(counts)):
+        for split in (False, True) if count > 1 else (False,):
+            labels = {"model": model, "devices": count, "split": split}
+            cases.append(Case(labels, [*same, "--child", str(count), "--case", str(int(split))]))
+    return cases
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--model", default="14B", choices=MODELS)
+    flags.add_argument("--counts", default="1,2")
+    flags.add_argument("--folder", type=Path, help="of the checkpoint; default: removed at the end")
+    arguments = flags.parse_args()
+    model = "tiny" if arguments.tiny else arguments.model
+    if arguments.child == "write":
+        attempt({}, lambda: written(model, arguments.folder))
+        return
+    if arguments.child:
+        count, split = int(arguments.child), bool(int(arguments.case))
+        attempt({}, lambda: measure(model, arguments.folder, count=count, split=split))
+        return
+    scratch = Path(tempfile.mkdtemp())
     columns = ("devices", "split", "seconds", "read_gb", "weights_gb", "device_gb")
-    print(table(rows, (*columns, "device_peak_gb", "host_peak_gb", "error")))
+    columns += ("device_peak_gb", "host_peak_gb")
+    try:
+        folder = (arguments.folder or scratch / "checkpoint").absolute()
+        cases = cases_of(model, folder, arguments.counts)
+        options: dict[str, Any] = {"arguments": arguments, "columns": columns, "spread": True}
+        run("restore", __file__, cases, facts={"model": model}, **options)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

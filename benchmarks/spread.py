@@ -8,7 +8,6 @@ one GPU, for the VAE the PSNR of the frames. Prints one table and writes results
 """
 
 import argparse
-import os
 import re
 import tempfile
 import time
@@ -16,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import child, peak_gib, report, save, table, versions
+from measure import attempt, peak_gib
+from networks import LATENTS, random_dit
 from random_checkpoint import config_of
+from runs import Case, Rows, listed, parser, run
 
-# name: latent frames, height, width
-SHAPES = {"1.3B": (21, 60, 104), "14B": (21, 90, 160), "tiny": (3, 8, 12)}
-LABELS = {"--models": "{}, a guided step", "--vae": "VAE, decode {}"}
+LABELS = {"dit": "{}, a guided step", "vae": "VAE, decode {}"}
+ONE = "1"  # the plan of one device
 
 
 def plan_of(text: str) -> Any:
-    """ "guidance2xulysses2" as a plan; "1" is one device."""
+    """ "guidance2xulysses2" as a plan."""
     from wan_jax.plans import Plan
 
     found = re.findall(r"(guidance|ring|ulysses)(\d+)|(dit_fsdp)", text)
@@ -37,7 +37,6 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     """Seconds of a guided step, the first left out, and the latents in a file."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from wan_jax import sampler, schedulers, spread
     from wan_jax.dit import DiT
@@ -48,21 +47,15 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     where = None
     if layout is not None:
         where = layout.weights(abstract_part(config, jnp.dtype(jnp.bfloat16)))
-
-    def make() -> DiT:
-        network = DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-        table = jax.random.normal(jax.random.key(2), network.head_proj.kernel.shape) * 0.02
-        network.head_proj.kernel[...] = table.astype(network.head_proj.kernel.dtype)
-        return network
-
-    network = jax.jit(make, out_shardings=where)()
+    network = random_dit(config, where)
     keys = jax.random.split(jax.random.key(1), 3)
     put = (lambda x: x) if layout is None else layout.whole
-    noise = put(jax.random.normal(keys[0], (1, *SHAPES[model], 16)))
+    noise = put(jax.random.normal(keys[0], (1, *LATENTS[model], 16)))
     prepare = spread.program(DiT.prepare, layout)
     shape = (1, config.text_len, config.text_dim)
     texts = [put(jax.random.normal(key, shape, jnp.bfloat16)) for key in keys[1:]]
     conds = [prepare(network, text) for text in texts]
+    jax.block_until_ready((noise, conds))
     times = [time.perf_counter()]
 
     def on_step(carry: sampler.Carry, count: int) -> None:
@@ -82,7 +75,7 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     }
 
 
-def run_vae(size: str, plan: Any, out: Path) -> dict[str, Any]:
+def run_vae(size: str, plan: Any, out: Path, *, tiny: bool) -> dict[str, Any]:
     """Seconds to decode 81 frames, compiled before, and every eighth frame in a file."""
     import jax
     import jax.numpy as jnp
@@ -93,9 +86,10 @@ def run_vae(size: str, plan: Any, out: Path) -> dict[str, Any]:
 
     width, height = (int(side) // 8 for side in size.split("x"))
     layout = plan.layout() if plan.devices > 1 else None
-    network = jax.jit(lambda: VAE(config_of("1.3B").vae, rngs=nnx.Rngs(0), dtype=jnp.float32))()
+    config, count = (config_of("tiny").vae, 3) if tiny else (config_of("1.3B").vae, 21)
+    network = jax.jit(lambda: VAE(config, rngs=nnx.Rngs(0), dtype=jnp.float32))()
     network = streaming.place(network, layout)
-    latents = jax.random.normal(jax.random.key(1), (1, 21, height, width, 16))
+    latents = jax.random.normal(jax.random.key(1), (1, count, height, width, 16))
     times, frames = [], []
     for _ in range(3):
         start, frames = time.perf_counter(), []
@@ -108,65 +102,65 @@ def run_vae(size: str, plan: Any, out: Path) -> dict[str, Any]:
     return {"seconds": min(times[1:]), "first": times[0], "peak_gib": peak_gib()}
 
 
-def apart(kind: str, found: Path, truth: Path) -> str:
-    """How far the results of a plan are from those of one device."""
+def apart(part: str, found: Path, truth: Path) -> dict[str, str]:
+    """How far the results of a plan are from those of one device, if there are any."""
+    if not truth.exists() or found == truth:
+        return {}
     a, b = np.load(found).astype(np.float64), np.load(truth).astype(np.float64)
-    if kind == "vae":
-        return f"{10 * np.log10(4.0 / max(np.mean((a - b) ** 2), 1e-30)):.1f} dB"
-    return f"{np.linalg.norm(a - b) / np.linalg.norm(b):.2e}"
+    if part == "vae":
+        decibels = 10 * np.log10(4.0 / max(np.mean((a - b) ** 2), 1e-30))
+        return {"apart": f"{decibels:.1f} dB"}
+    return {"apart": f"{np.linalg.norm(a - b) / np.linalg.norm(b):.2e}"}
 
 
-def measure(what: list[str], plans: list[str], steps: int) -> list[dict[str, Any]]:
-    """The rows of one model or size: one device, then every plan."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for text in ("1", *plans):
-            out = Path(folder) / f"{text}.npy"
-            own = ["--child", text, "--out", str(out), "--steps", str(steps), *what]
-            row = {"what": LABELS[what[-2]].format(what[-1]), "plan": text, **child(__file__, own)}
-            if rows and "seconds" in row and "seconds" in rows[0]:
-                count = plan_of(text).devices
-                row["speedup"] = rows[0]["seconds"] / row["seconds"]
-                row["efficiency"] = row["speedup"] / count
-                kind = "vae" if "--vae" in what else "dit"
-                row["apart"] = apart(kind, out, Path(folder) / "1.npy")
-            rows.append(row)
-            print(row, flush=True)
+def run_plan(text: str, case: str, folder: Path, *, steps: int, tiny: bool) -> dict[str, Any]:
+    """One plan of a case "dit 14B" or "vae 1280x720"."""
+    part, what = case.split()
+    plan, out = plan_of(text), folder / f"{part}-{what}-{text}.npy"
+    if part == "dit":
+        found = run_steps(what, plan, steps, out)
+    else:
+        found = run_vae(what, plan, out, tiny=tiny)
+    return {**found, **apart(part, out, out.with_name(f"{part}-{what}-{ONE}.npy"))}
+
+
+def faster(rows: Rows) -> Rows:
+    """The rows with how much faster than one device they are."""
+    alone = {row["what"]: row["seconds"] for row in rows if row["plan"] == ONE and "seconds" in row}
+    for row in rows:
+        if row["plan"] != ONE and "seconds" in row and row["what"] in alone:
+            row["speedup"] = alone[row["what"]] / row["seconds"]
+            row["efficiency"] = row["speedup"] / plan_of(row["plan"]).devices
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default="14B,1.3B")
-    parser.add_argument("--plans", default="guidance2,ulysses2,ring2")
-    parser.add_argument("--vae", default="1280x720", help="sizes, or nothing")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--child")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    models, sizes = (
-        [x for x in text.split(",") if x] for text in (arguments.models, arguments.vae)
-    )
+    flags = parser(__doc__)
+    flags.add_argument("--models", default="14B,1.3B")
+    flags.add_argument("--plans", default="guidance2,ulysses2,ring2")
+    flags.add_argument("--vae", default="1280x720", help="sizes, or nothing")
+    flags.add_argument("--steps", type=int, default=4)
+    flags.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = flags.parse_args()
+    tiny, steps = arguments.tiny, arguments.steps
     if arguments.child:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        plan = plan_of(arguments.child)
-        if models:
-            report(run_steps(models[0], plan, arguments.steps, arguments.out))
-        else:
-            report(run_vae(sizes[0], plan, arguments.out))
+        own = arguments.child, arguments.case, arguments.out
+        attempt({}, lambda: run_plan(*own, steps=steps, tiny=tiny))
         return
-    plans, rows = arguments.plans.split(","), []
-    for model in models:
-        rows += measure(["--vae=", "--models", model], plans, arguments.steps)
-    for size in sizes:
-        rows += measure(["--models=", "--vae", size], plans, arguments.steps)
-    import jax
-
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    path = save("spread", rows, {"device": device})
+    models, sizes = listed(arguments.models), listed(arguments.vae)
+    if tiny:
+        models, sizes = ["tiny"], ["64x32"]
+    whole = [f"dit {model}" for model in models] + [f"vae {size}" for size in sizes]
     columns = ("what", "plan", "seconds", "speedup", "efficiency", "apart", "peak_gib", "first")
-    print(f"{device}, {versions()}\nwritten to {path}")
-    print(table(rows, (*columns, "error")))
+    with tempfile.TemporaryDirectory() as folder:
+        cases = []
+        for case in whole:
+            part, what = case.split()
+            for plan in (ONE, *listed(arguments.plans)):
+                own = ["--child", plan, "--case", case, "--out", folder, "--steps", str(steps)]
+                cases.append(Case({"what": LABELS[part].format(what), "plan": plan}, own))
+        options: dict[str, Any] = {"arguments": arguments, "columns": columns, "derive": faster}
+        run("spread", __file__, cases, spread=True, **options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import CEILINGS, OURS, RESULTS
+from records import CEILINGS, NARROW, OURS, RESULTS, WIDE, lacks_memory
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "speed.md"
 BEGIN = "<!-- from here on by benchmarks/table.py -->"
@@ -30,11 +30,12 @@ CASES = {
     "training": "{train}, kept: {remat}",
 }
 COMPARED = {"end_to_end": "denoise"}
+NAMES = (*CASES, "attention", "fp8", "miniature", "precision", "tiles", "umt5", "vae")
 
 
 def benchmark_of(name: str) -> str:
-    """ "end_to_end" of "end_to_end_1.3B"."""
-    return next((known for known in CASES if name.startswith(known)), name)
+    """ "end_to_end" of "end_to_end_1.3B", "vae" of "vae_encode"."""
+    return next((known for known in NAMES if name.startswith(known)), name)
 
 
 def lines_of(name: str, found: dict[str, Any], run: int) -> Iterator[tuple[str, ...]]:
@@ -46,13 +47,13 @@ def lines_of(name: str, found: dict[str, Any], run: int) -> Iterator[tuple[str, 
         # A converter that was killed has a status; the last one cleared up after those.
         if row.get("status") or row.get("run") == "last":
             continue
-        if number in row or _no_memory(row):
+        if row.get(number) is not None or lacks_memory(row):
             case = pattern.format_map({**found, **row})
             cases.setdefault(case, []).append(row)
     for case, rows in cases.items():
         peers = [row for row in rows if row.get("system", OURS) != OURS]
         best = min(
-            (row for row in peers if number in row), key=lambda row: row[number], default=None
+            (row for row in peers if row.get(number)), key=lambda row: row[number], default=None
         )
         for own in [row for row in rows if row not in peers] or [None]:
             way = own.get("how") if own is not None and "{how}" not in pattern else None
@@ -60,18 +61,22 @@ def lines_of(name: str, found: dict[str, Any], run: int) -> Iterator[tuple[str, 
             part = None if own is None else share_of(benchmark, own, found)
             share = "-" if part is None else f"{100 * part:.0f} %"
             yield (benchmark, text, *_numbers(own, best, number), share, _peak(own), f"[{run}]")
+            if own is not None and "step_seconds" in own:
+                yield (benchmark, f"{text}: a step", *_step(own), "-", "-", f"[{run}]")
+
+
+def _step(row: dict[str, Any]) -> tuple[str, str, str]:
+    """A step of denoising with a limit of memory, by the same without one."""
+    ratio = f"{row['step_ratio']:.2f} to no limit" if "step_ratio" in row else "-"
+    return _seconds(row, "step_seconds"), "-", ratio
 
 
 def share_of(benchmark: str, row: dict[str, Any], found: dict[str, Any]) -> float | None:
-    """The part of the ceiling that a row reaches; of dit.py, which does not say, the product's."""
-    if benchmark == "dit" and "tflop_per_s" in row:
+    """The part of the ceiling that a row reaches; of an old one of dit.py the product's."""
+    if benchmark == "dit" and "tflop_per_s" in row and "kind" not in row:
         ceiling = CEILINGS.get(found.get("device", ""))
-        return None if ceiling is None else row["tflop_per_s"] / ceiling["product bfloat16"]
+        return None if ceiling is None else row["tflop_per_s"] / ceiling[WIDE]
     return row.get("share", row.get("mfu_matmul"))
-
-
-def _no_memory(row: dict[str, Any]) -> bool:
-    return "RESOURCE_EXHAUSTED" in row.get("error", "")
 
 
 def _numbers(
@@ -79,8 +84,9 @@ def _numbers(
 ) -> tuple[str, ...]:
     """Ours, the peer's, the ratio."""
     ratio, name = "-", ""
-    if own is not None and peer is not None and number in own:
+    if own is not None and peer is not None and own.get(number) is not None:
         ratio = f"{own[number] / peer[number]:.2f}"
+        ratio += " to bfloat16" if own.get("kind") == NARROW else ""
     if peer is not None:
         way = next((peer[key] for key in ("how", "backend") if key in peer), "@")
         name = f" ({peer['system']}{'' if way == '@' else ', ' + way})"
@@ -95,7 +101,7 @@ def _peak(row: dict[str, Any] | None) -> str:
 def _seconds(row: dict[str, Any] | None, number: str) -> str:
     if row is None:
         return "-"
-    if number not in row:
+    if row.get(number) is None:
         return "no memory"
     value = row[number]
     return f"{value:.4g} s" if value >= 0.1 else f"{1e3 * value:.3g} ms"

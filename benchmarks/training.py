@@ -3,8 +3,9 @@
     python benchmarks/training.py [--remats products,attention,full] [--kinds full,lora]
 
 Random weights made on the card, one clip of 832x480 and 81 frames as latents. Each line is measured
-in a process of its own; what does not fit says so. Prints one table and writes
-results/training.json. Needs a CUDA GPU.
+in a process of its own; what does not fit says so. peak_gib is of the step's program, allocator_gib
+the most that JAX had in use, tuning included. Prints one table and writes results/training.json.
+Needs a CUDA GPU.
 
 TFLOP of a step are what the mathematics needs, without what is computed again. Products and
 attention of one forward are P + A. All weights: 3 (P + A), one for the forward, one each for the
@@ -13,12 +14,11 @@ have no gradient (attention's backward is counted twice its forward), L being 2 
 for every product with factors.
 """
 
-import argparse
-import os
 import time
 from typing import Any
 
-from measure import child, matmul_tflops, peak_gib, report, save, table, versions
+from measure import attempt, matmul_tflops, peak_gib, program_gib
+from runs import Case, Rows, listed, parser, run
 
 KINDS = ("full", "lora")
 REMATS = ("none", "products", "attention", "full")
@@ -50,7 +50,6 @@ def step_tflop(config: Any, grid: tuple[int, int, int], *, rank: int) -> float:
 
 def measure(kind: str, remat: str, *, rank: int, tiny: bool) -> dict[str, Any]:
     """Median seconds of a step, its memory, and the rate of a product in the same process."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -80,7 +79,10 @@ def measure(kind: str, remat: str, *, rank: int, tiny: bool) -> dict[str, Any]:
     context = jax.random.normal(keys[1], (1, config.text_len, config.text_dim), jnp.bfloat16)
     batch = Batch(jax.random.normal(keys[0], (1, *grid, 16)), context, None, None)
     inputs = finetune.Frozen(context[0], frozen)
-    step = make_step(finetune.make_loss(trained, flow.FlowConfig(remat=remat)), optimizer)
+    program = make_step(finetune.make_loss(trained, flow.FlowConfig(remat=remat)), optimizer)
+    begun = time.perf_counter()
+    step = program.on(jax.devices()[0]).lower(state, inputs, batch).compile()
+    compiled, taken = time.perf_counter() - begun, program_gib(step, state, inputs, batch)
     times = []
     for _ in range(WARMUPS + STEPS):
         start = time.perf_counter()
@@ -90,48 +92,47 @@ def measure(kind: str, remat: str, *, rank: int, tiny: bool) -> dict[str, Any]:
     weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
         "seconds": sorted(times[WARMUPS:])[STEPS // 2],
-        "first_seconds": times[0],
-        "peak_gib": peak_gib(),
+        "first_seconds": compiled + times[0],
+        "peak_gib": taken,
+        "allocator_gib": peak_gib(),
         "trained_millions": weights / 1e6,
         "loss": loss,
         "matmul_tflop_per_s": rate,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--remats", default=",".join(REMATS))
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        report(measure(*arguments.child, rank=arguments.rank, tiny=arguments.tiny))
-        return
-    rows = []
-    config, grid = sizes(tiny=arguments.tiny)
-    for kind in arguments.kinds.split(","):
-        rank = arguments.rank if kind == "lora" else 0
-        tflop = step_tflop(config, grid, rank=rank)
-        for remat in arguments.remats.split(","):
-            more = ["--rank", str(arguments.rank), *(["--tiny"] if arguments.tiny else [])]
-            result = child(__file__, ["--child", kind, remat, *more])
-            row = {"train": kind, "rank": rank, "remat": remat, "tflop": tflop, **result}
-            if "seconds" in result:
-                rate = tflop / result["seconds"]
-                row |= {"tflop_per_s": rate, "mfu_peak": rate / PEAK}
-                row["mfu_matmul"] = rate / result["matmul_tflop_per_s"]
-            rows.append(row)
-            print(row, flush=True)
-    import jax
+def rated(rows: Rows) -> Rows:
+    """The rows with shares of the card's peak and of the product in the same process."""
+    for row in rows:
+        if "seconds" in row:
+            row["mfu_peak"] = row["tflop_per_s"] / PEAK
+            row["mfu_matmul"] = row["tflop_per_s"] / row["matmul_tflop_per_s"]
+    return rows
 
-    device = jax.devices()[0].device_kind
-    facts = {"device": device, "peak_tflop_per_s": PEAK}
-    path = save("training", rows, facts, tiny=arguments.tiny)
-    print(f"{device}, {versions()}\nwritten to {path}")
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--kinds", default=",".join(KINDS))
+    flags.add_argument("--remats", default=",".join(REMATS))
+    flags.add_argument("--rank", type=int, default=32)
+    arguments = flags.parse_args()
+    tiny = arguments.tiny
+    if arguments.child:
+        rank = arguments.rank
+        attempt({}, lambda: measure(arguments.child, arguments.case, rank=rank, tiny=tiny))
+        return
+    cases, (config, grid) = [], sizes(tiny=tiny)
+    for kind in listed(arguments.kinds):
+        rank = arguments.rank if kind == "lora" else 0
+        labels = {"train": kind, "rank": rank, "tflop": step_tflop(config, grid, rank=rank)}
+        for remat in listed(arguments.remats):
+            own = ["--child", kind, "--case", remat, "--rank", str(arguments.rank)]
+            cases.append(Case({**labels, "remat": remat}, own))
     columns = ("train", "remat", "seconds", "tflop", "tflop_per_s", "mfu_peak", "mfu_matmul")
-    print(table(rows, (*columns, "peak_gib", "error")))
+    columns += ("peak_gib", "allocator_gib")
+    facts = {"peak_tflop_per_s": PEAK}
+    options: dict[str, Any] = {"arguments": arguments, "columns": columns, "derive": rated}
+    run("training", __file__, cases, facts=facts, **options)
 
 
 if __name__ == "__main__":

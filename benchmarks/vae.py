@@ -5,29 +5,28 @@
 float32 is with TF32 convolutions in both. Ours in float32 is what a run does: chunk by chunk, the
 bytes of the frames brought to the host or the frames brought from it. In bfloat16, which no run
 uses, it is one program for the whole video. Diffusers' frames stay on the card; it runs as it is
-and compiled, then with cuDNN's search. share is of the convolutions' best rates. Prints one table
-and writes results/vae.json. Needs a CUDA GPU, torch and diffusers.
+and compiled, then with cuDNN's search. share is of the convolutions' best rates. peak_gib is of the
+program where it is one, else the most that JAX had in use, tuning included. Prints one table and
+writes results/vae.json. Needs a CUDA GPU, torch and diffusers.
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from measure import (
-    OURS,
-    Case,
     attempt,
     in_torch,
     median_seconds,
-    parser,
     peak_gib,
-    run,
+    program_gib,
     torch_device,
     torch_seconds,
 )
 from random_checkpoint import config_of, network
+from records import OURS
+from runs import Case, listed, parser, run
 
 DIRECTIONS = ("decode", "encode")
 LATENT_FRAMES = 21
@@ -43,8 +42,11 @@ def latent_shape(size: str, *, tiny: bool) -> tuple[int, int, int, int]:
     return (3 if tiny else LATENT_FRAMES, height // 8, width // 8, 16)
 
 
-def streamed(vae: Any, direction: str, shape: tuple[int, ...]) -> Callable[[], Any]:
-    """A run's way through the VAE, to be called again and again."""
+Way = tuple[Callable[[], Any], Callable[[], float]]
+
+
+def streamed(vae: Any, direction: str, shape: tuple[int, ...]) -> Way:
+    """A run's way through the VAE, to be called again and again, and what tells its memory."""
     import jax
 
     from wan_jax import conditioning, streaming
@@ -52,7 +54,8 @@ def streamed(vae: Any, direction: str, shape: tuple[int, ...]) -> Callable[[], A
     vae = streaming.place(vae, None)
     if direction == "decode":
         latents = jax.random.normal(jax.random.key(1), (1, *shape))
-        return lambda: list(streaming.decode(vae, latents, pixels="uint8", dtype="bfloat16"))
+        own = {"pixels": "uint8", "dtype": "bfloat16"}
+        return lambda: list(streaming.decode(vae, latents, **own)), peak_gib
     frames = 1 + 4 * (shape[0] - 1)
     size = (frames, 8 * shape[1], 8 * shape[2], 3)
     pixels = np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
@@ -61,11 +64,11 @@ def streamed(vae: Any, direction: str, shape: tuple[int, ...]) -> Callable[[], A
         chunks = conditioning.video_chunks(pixels, stride=4)
         return list(streaming.encode(vae, chunks, dtype="bfloat16", what="the video"))
 
-    return encode
+    return encode, peak_gib
 
 
-def whole(vae: Any, direction: str, shape: tuple[int, ...]) -> Callable[[], Any]:
-    """One program for the whole video."""
+def whole(vae: Any, direction: str, shape: tuple[int, ...]) -> Way:
+    """One program for the whole video, and what tells its memory."""
     import jax
     from jax import lax
 
@@ -75,14 +78,14 @@ def whole(vae: Any, direction: str, shape: tuple[int, ...]) -> Callable[[], Any]
     function, key = getattr(module, direction), jax.random.key(1)
     chunk = streaming.decode_chunk(shape[0]) if direction == "decode" else 1
     own = functools.partial(function, chunk=chunk, precision=lax.Precision.DEFAULT)
-    program = xla.jit(own)
     size = shape if direction == "decode" else (4 * shape[0] - 3, 8 * shape[1], 8 * shape[2], 3)
     given = jax.jit(lambda: jax.random.uniform(key, (1, *size), minval=-1.0))()
-    return lambda: jax.block_until_ready(program(vae, given))
+    program = xla.jit(own).on(jax.devices()[0]).lower(vae, given).compile()
+    taken = functools.partial(program_gib, program, vae, given)
+    return lambda: jax.block_until_ready(program(vae, given)), taken
 
 
 def run_ours(direction: str, size: str, dtype: str, *, tiny: bool) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     shape = latent_shape(size, tiny=tiny)
@@ -90,8 +93,8 @@ def run_ours(direction: str, size: str, dtype: str, *, tiny: bool) -> None:
     how, way = ("as a run", streamed) if dtype == "float32" else ("whole", whole)
 
     def measure() -> dict[str, Any]:
-        step = way(vae, direction, shape)
-        return {"seconds": median_seconds(step, repeats=3), "peak_gib": peak_gib()}
+        step, taken = way(vae, direction, shape)
+        return {"seconds": median_seconds(step, repeats=3), "peak_gib": taken()}
 
     attempt({"how": how}, measure)
 
@@ -127,7 +130,7 @@ def run_diffusers(direction: str, size: str, dtype: str, *, tiny: bool, ways: st
 
 def main() -> None:
     flags = parser(__doc__, systems=(OURS, "diffusers"))
-    flags.add_argument("--sizes", help="default 832x480,1280x720")
+    flags.add_argument("--sizes", default="832x480,1280x720")
     flags.add_argument("--dtypes", default="float32,bfloat16")
     flags.add_argument("--directions", default=",".join(DIRECTIONS))
     flags.add_argument("--ways", default="eager,compiled", help="how diffusers runs")
@@ -142,14 +145,14 @@ def main() -> None:
     from wan_jax.planning import vae_costs
 
     cases, own = [], ["--ways", arguments.ways]
-    for size in (arguments.sizes or ("64x32" if tiny else "832x480,1280x720")).split(","):
+    for size in ["64x32"] if tiny else listed(arguments.sizes):
         shape = latent_shape(size, tiny=tiny)
-        for direction in arguments.directions.split(","):
+        for direction in listed(arguments.directions):
             cost = getattr(vae_costs, direction)(vae_of(tiny=tiny), shape)
-            for dtype in arguments.dtypes.split(","):
+            for dtype in listed(arguments.dtypes):
                 name = f"{direction} {size} {dtype}"
                 work = {"tflop": cost.flops.total / 1e12, "kind": f"conv {dtype}"}
-                for system in arguments.systems.split(","):
+                for system in listed(arguments.systems):
                     labels = {"case": name, "system": system, **work}
                     cases.append(Case(labels, [*own, "--child", system, "--case", name]))
     columns = ("case", "system", "how", "seconds", "ratio", "tflop_per_s", "share", "peak_gib")
