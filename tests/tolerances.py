@@ -111,6 +111,7 @@ LORA_DIFFUSERS = 2e-6  # merged, or beside the product as in PEFT: float32 sums;
 LORA_MATTERS = 0.01  # a LoRA moves the output of the DiT at least so far
 
 # Training
+TRAINING_FORMULA = 1e-5  # float32 sums of known numbers
 TRAINING_ATTACHED = 1e-6  # factors beside a product, or in its kernel: float32 sums; measured 4e-7
 TRAINING_FOLDED = 1e-3  # padding as one token: terms of keys' gradients cancel; measured 2.5e-4
 TRAINING_REMAT = 1e-4  # the same sums, fused otherwise: terms of keys' gradients cancel

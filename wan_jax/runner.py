@@ -363,7 +363,10 @@ def _sums(*parts: Mapping[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def held_back(*, active: bool) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM of the block are listed, not raised; a second one is raised."""
+    """Signals that end a program are listed during the block, not raised; a second one is raised.
+
+    Ctrl-C, SIGTERM and, unless it is ignored as under nohup, SIGHUP of a terminal that is gone.
+    """
     signals: list[int] = []
     if not active:
         yield signals
@@ -376,7 +379,9 @@ def held_back(*, active: bool) -> Iterator[list[int]]:
         signals.append(signum)
         say("stopping after this step; a second signal stops at once")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield signals
     finally:

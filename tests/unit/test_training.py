@@ -27,7 +27,18 @@ from tests.unit.test_media import pattern
 from wan_jax import layers, sharding, xla
 from wan_jax.dit import REMAT, DiT
 from wan_jax.layers import _contract, _product
-from wan_jax.training import cache, command, config, finetune, flow, lora, metrics, results, samples
+from wan_jax.training import (
+    cache,
+    command,
+    config,
+    finetune,
+    flow,
+    lora,
+    metrics,
+    results,
+    samples,
+    saving,
+)
 from wan_jax.training.batches import Batches
 from wan_jax.training.dataset import Example
 from wan_jax.training.entries import Cache
@@ -35,7 +46,7 @@ from wan_jax.training.finetune import Beside, Frozen, Full
 from wan_jax.training.loop import LoopConfig, run
 from wan_jax.training.lora import LoraConfig
 from wan_jax.training.optimizer import OptimizerConfig
-from wan_jax.training.step import State
+from wan_jax.training.step import State, make_state
 from wan_jax.weights import lora as lora_weights
 from wan_jax.weights import miniature, trees
 from wan_jax.weights.lora import Lora
@@ -608,7 +619,25 @@ def test_flags_that_are_missing(data: Path, tmp_path: Path) -> None:
         plan("--config", str(file), "--data", str(data))
 
 
-def test_rows_that_devices_cannot_share() -> None:
+def test_as_many_devices_are_used_as_share_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     own = config.TrainConfig(**GOOD, batch_size=6)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="batch_size is 6, in 1 pieces; .*the 8 devices"):
-        command._layout(own)
+    assert command._layout(own).mesh.size == 6
+    assert "6 of 8 devices are used: batch_size is 6, in 1 pieces" in capsys.readouterr().err
+    assert command._layout(dataclasses.replace(own, batch_size=16)).mesh.size == 8
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match="fsdp is 4, batch_size 6 in 1 pieces; of the 8 devices"):
+        command._layout(dataclasses.replace(own, fsdp=4))
+
+
+def test_another_training_in_the_folder_is_named_before_anything_runs(
+    tiny_source: Path, data: Path, tmp_path: Path
+) -> None:
+    own: Any = {"seed": 1, "optimizer": {"steps": 7}}
+    state = make_state(
+        {"net": {"a.bias": np.ones(1)}}, OptimizerConfig(steps=7, learning_rate=1.0), seed=0
+    )
+    with saving.Saver(tmp_path / "out", keep=1, facts=own) as saver:
+        saver.save(state)
+    given = [*_given(configured(tmp_path / "c.py"), data, tmp_path), "--ckpt_dir"]
+    with pytest.raises(ValueError, match=r"out/checkpoints is of a training with "):
+        plan(*given, str(tiny_source), "--dry_run")

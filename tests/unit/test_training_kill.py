@@ -174,7 +174,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_file(place: Path, start: Start) ->
     refused = start("signal", "full")
     errors = refused.communicate(timeout=PATIENCE)[1]
     assert refused.returncode == 2
-    assert "is of a training with lora = " in errors.splitlines()[-1]
+    assert "is of a training with lora.lora_" in errors.splitlines()[-1]
     assert "another --out" in errors.splitlines()[-1]
 
 

@@ -1,5 +1,6 @@
 """The training loop on a problem small enough to know the answer of."""
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from wan_jax.sampler import DivergedError
-from wan_jax.training import flow, metrics
+from wan_jax.training import flow, metrics, saving
 from wan_jax.training.loop import LoopConfig, Unread, run
 from wan_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from wan_jax.training.step import Params, State, make_state, make_step
@@ -98,7 +100,7 @@ def test_a_finished_run_is_left_as_it_is(whole: tuple[Path, State]) -> None:
 
 @pytest.mark.parametrize(
     ("changed", "name"),
-    [({"optimizer": OptimizerConfig(steps=12, learning_rate=0.1)}, "optimizer"),
+    [({"optimizer": dataclasses.replace(OPTIMIZER, eps=0.1)}, "optimizer.eps"),
      ({"loop": LoopConfig(seed=4)}, "seed"), ({"facts": {"data": "other"}}, "data")],
 )  # fmt: skip
 def test_a_checkpoint_of_another_training_is_refused(
@@ -191,6 +193,67 @@ def test_a_callback_that_fails_keeps_the_checkpoint(
     assert steps(tmp_path) == [wanted] and len(told) == 1
     state = run(params(), loss, batches, tmp_path, **options)
     assert same(state, whole[1]) and lines(tmp_path) == lines(whole[0])
+
+
+def test_samples_that_a_kill_kept_from_being_made_are_made(tmp_path: Path) -> None:
+    """It came behind the checkpoint of the same step."""
+    loop = LoopConfig(seed=3, checkpoint_every=4, sample_every=4)
+    kills, made = {4, 12}, []
+
+    def sample(state: State) -> None:
+        step = int(state.step)
+        if step in kills:
+            kills.remove(step)
+            raise Killed
+        made.append(step)
+
+    options: dict[str, Any] = {"optimizer": OPTIMIZER, "loop": loop, "on_sample": sample}
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run(params(), loss, batches, tmp_path, **options)
+    run(params(), loss, batches, tmp_path, **options)
+    assert made == [4, 8, 12]
+
+
+def test_two_trainings_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    def other(step: int) -> Any:
+        with pytest.raises(ValueError, match="another training writes into .*; give another --out"):
+            run(params(), loss, batches, tmp_path, optimizer=OPTIMIZER, loop=LOOP)
+        return batches(step)
+
+    one = dataclasses.replace(OPTIMIZER, steps=1)
+    run(params(), loss, other, tmp_path, optimizer=one, loop=LOOP)
+
+
+def test_a_state_that_cannot_be_written_is_told_at_the_next_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written in the background; TensorStore's words for a full disk are a ValueError."""
+
+    def fail(self: Any) -> None:
+        if self.all_steps():
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nmore")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", fail)
+    loop = LoopConfig(seed=3, log_every=1, checkpoint_every=4)
+    with pytest.raises(
+        OSError, match="checkpoints cannot be written: RESOURCE_EXHAUSTED: .*device$"
+    ):
+        run(params(), loss, batches, tmp_path, optimizer=OPTIMIZER, loop=loop)
+    assert len(lines(tmp_path)) in (4, 5)
+
+
+def test_another_training_is_known_beforehand(whole: tuple[Path, State], tmp_path: Path) -> None:
+    own = {"seed": 3, "optimizer": {"steps": 12}}
+    assert saving.check(tmp_path, own) == 0 and saving.check(whole[0], own) == 2
+    with pytest.raises(ValueError, match=r"training with optimizer\.steps = 12, this one has 9;"):
+        saving.check(whole[0], {"optimizer": {"steps": 9}})
+
+
+def test_a_disk_too_small_for_checkpoints_is_named(tmp_path: Path) -> None:
+    saving.check_space(tmp_path, 10)
+    with pytest.raises(ValueError, match="checkpoints needs 1000000000.0 GB, .* a lower 'keep'"):
+        saving.check_space(tmp_path, 10**18)
 
 
 def test_a_stop_does_not_wait_for_a_batch_that_is_being_made(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from wan_jax.config import WanConfig
 from wan_jax.pipeline import Wan
 from wan_jax.request import Request
 from wan_jax.sharding import Layout
-from wan_jax.training import cache, config, finetune, lora, results, samples
+from wan_jax.training import cache, config, finetune, lora, results, samples, saving
 from wan_jax.training.batches import Batches
 from wan_jax.training.config import TrainConfig
 from wan_jax.training.dataset import Example, read_listing
@@ -38,7 +38,7 @@ from wan_jax.training.flow import FlowConfig
 from wan_jax.training.loop import LoopConfig, Report, Unread, run
 from wan_jax.training.lora import LoraConfig
 from wan_jax.training.optimizer import OptimizerConfig
-from wan_jax.training.step import Params, State
+from wan_jax.training.step import Params, State, make_state
 from wan_jax.weights import checkpoint, derived, folders, lora_names, remote, trees
 from wan_jax.weights.sources import abstract_part
 
@@ -136,6 +136,8 @@ def make_plan(values: flags.FlagValues) -> Plan:
     except ValueError as error:
         raise ValueError(f"--config {values.config}: {error}") from error
     plan = Plan(settings, network, source, examples, requests, out, encoded)
+    there = saving.check(out, _settled(settings, values.dtype))
+    saving.check_space(out, (settings.keep + 1 - there) * _state_bytes(settings, network))
     if not settings.lora_rank:
         known = {"config": _json(settings), "dtype": values.dtype}
         results.check_free(_result(plan), known)
@@ -183,6 +185,18 @@ def _numbers(plan: Plan) -> str:
     made = functools.partial(_fresh, plan.config, plan.network)
     own = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(made)))
     return f"{own / 1e6:.3g} million weights beside {total / 1e9:.3g} billion"
+
+
+def _state_bytes(own: TrainConfig, network: WanConfig) -> int:
+    """Of a checkpoint of the training."""
+    if own.lora_rank:
+        params: Any = {finetune.LORA: jax.eval_shape(functools.partial(_fresh, own, network))}
+    else:
+        whole = abstract_part(network.dit, jnp.dtype(jnp.float32))
+        params = {finetune.FULL: trees.flatten(whole)}
+    make = functools.partial(make_state, config=own.part(OptimizerConfig), seed=0)
+    leaves = jax.tree.leaves(jax.eval_shape(make, params))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _result(plan: Plan) -> Path:
@@ -239,14 +253,21 @@ def execute(values: flags.FlagValues, plan: Plan) -> None:
 
 
 def _layout(own: TrainConfig) -> Layout:
-    layout = sharding.make_layout(own.fsdp)
-    rows, count = own.batch_size // own.accumulate, layout.mesh.size
-    if rows % count:
+    """Of as many devices as the rows that are worked on at once can be split over."""
+    devices, rows = jax.devices(), own.batch_size // own.accumulate
+    share = own.fsdp or 1
+    fits = [n for n in range(1, len(devices) + 1) if rows % n == 0 and n % share == 0]
+    if not fits:
         raise ValueError(
-            f"batch_size is {own.batch_size}, in {own.accumulate} pieces; each needs a multiple of "
-            f"the {count} devices"
+            f"fsdp is {own.fsdp}, batch_size {own.batch_size} in {own.accumulate} pieces; of the "
+            f"{len(devices)} devices a number is needed that fsdp divides, and that divides a piece"
         )
-    return layout
+    if max(fits) < len(devices):
+        say(
+            f"{max(fits)} of {len(devices)} devices are used: batch_size is {own.batch_size}, in "
+            f"{own.accumulate} pieces, whose rows are split over them"
+        )
+    return sharding.make_layout(own.fsdp, devices=devices[: max(fits)])
 
 
 def _fresh(own: TrainConfig, network: WanConfig) -> dict[str, jax.Array]:
@@ -325,22 +346,29 @@ def _train(
 
 
 def _facts(plan: Plan, wan: Wan, found: Cache) -> dict[str, Any]:
-    """What must be the same when this training goes on; the devices and remat may change."""
-    own = plan.config
+    """What must be the same when this training goes on, beside what the loop knows."""
+    keys = sorted(entry.path.name for entry in found.entries)  # one that is twice counts twice
+    settled = _settled(plan.config, wan.dtype)
+    settled["data"] |= {
+        "examples": len(keys),
+        "digest": hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
+    }
+    return settled | {"checkpoint": wan.digest}
+
+
+def _settled(own: TrainConfig, dtype: str) -> dict[str, Any]:
+    """What of it is known before anything is read; the devices and remat may change."""
     flow = dataclasses.asdict(own.part(FlowConfig))
     del flow["remat"]
-    keys = sorted(entry.path.name for entry in found.entries)  # one that is twice counts twice
     return {
-        "checkpoint": wan.digest,
-        "dtype": wan.dtype,
+        "dtype": dtype,
         "batch_size": own.batch_size,
         "flow": flow,
         "lora": dataclasses.asdict(own.part(LoraConfig)),
-        "data": {
-            **{name: getattr(own, name) for name in ("size", "frames", "fps")},
-            "examples": len(keys),
-            "digest": hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
-        },
+        "data": {name: getattr(own, name) for name in ("size", "frames", "fps")},
+        "optimizer": dataclasses.asdict(own.part(OptimizerConfig)),
+        "seed": own.seed,
+        "accumulate": own.accumulate,
     }
 
 

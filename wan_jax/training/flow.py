@@ -5,7 +5,8 @@ velocity, noise - clean (Wan technical report, section 4; Esser et al. 2024 for 
 """
 
 import dataclasses
-from typing import Literal, get_args
+import math
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,16 @@ class FlowConfig:
         for name, accepted in (("sampling", get_args(Sampling)), ("remat", get_args(Remat))):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {accepted}")
-        if not self.shift > 0:
+        if not (_is_number(self.shift) and self.shift > 0):
             raise ValueError(f"shift is {self.shift!r}; a positive number is needed")
         for name in ("text_dropout", "image_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; 0 to 1 is needed")
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name} is {value!r}; 0 to 1 is needed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def draw_sigmas(key: Array, count: int, config: FlowConfig) -> Array:

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,15 +90,15 @@ def run(
     beside them. facts: JSON that tells this training from others; a checkpoint of another one is
     refused. place: puts a batch on the devices. layout: where the state lies; None is the first
     device. on_report: told the metrics when they are written; on_checkpoint: given the state when a
-    checkpoint of it is begun; on_sample: given it every sample_every steps and at the end. stop:
-    asked after every step whether to leave now, with a checkpoint. Raises sampler.DivergedError,
-    naming the step, when loss or gradient is no longer finite, and the checkpoints before it stay;
-    what `batches` or the disk of the metrics raises, or a callback, after a checkpoint.
+    checkpoint of it is begun; on_sample: every sample_every steps, at the end, and when the run
+    goes on from there. stop: asked after every step whether to leave now, with a checkpoint.
+    Raises ValueError if another process trains into `out`; DivergedError naming the step at which
+    loss or gradient is no longer finite, and the checkpoints before it stay; what `batches`, the
+    disk or a callback raises, after a checkpoint.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    own = {"optimizer": dataclasses.asdict(optimizer), **(facts or {})}
-    own |= {"seed": loop.seed, "accumulate": loop.accumulate}
-    with Saver(out, keep=loop.keep, facts=own) as saver:
+    own = {"optimizer": dataclasses.asdict(optimizer), **(facts or {}), "seed": loop.seed}
+    own["accumulate"] = loop.accumulate
+    with _alone(out), Saver(out, keep=loop.keep, facts=own) as saver:
         state, options = _begin(saver, params, optimizer, loop.seed, layout)
         step = make_step(loss, optimizer, accumulate=loop.accumulate, **options)
         done = int(state.step)
@@ -104,6 +106,8 @@ def run(
         with Metrics(out, step=done, tensorboard=tensorboard) as metrics, ahead as coming:
             pending = _Pending(metrics, optimizer.steps, on_report)
             saved = functools.partial(_saved, pending, saver, on_checkpoint)
+            if done == optimizer.steps or (done and _due(done, loop.sample_every)):
+                on_sample(state)  # a kill behind the checkpoint
             for number in range(done, optimizer.steps):
                 with saved(state if number > done else None):
                     batch = next(coming)
@@ -115,6 +119,7 @@ def run(
                     kept = last or _due(number + 1, loop.checkpoint_every)
                     if kept or _due(number + 1, loop.log_every):
                         pending.write()  # first, or a kill between the two would lose lines
+                        saver.check()
                     if kept:
                         saver.save(state)
                         on_checkpoint(state)
@@ -124,6 +129,23 @@ def run(
                 if stopped:
                     break
     return state
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """The folder, which is made; ValueError if another process trains into it."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out / ".training.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another training writes into {out}; give another --out") from None
+        except OSError:
+            pass  # a disk that knows no locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _begin(

@@ -91,7 +91,7 @@ class Samples:
     def make(
         self, step: int, network: Callable[[], DiT], stop: Callable[[], bool] = lambda: False
     ) -> list[Path]:
-        """Write step_000500_0.mp4 and so on (.png of one frame) into OUT/samples.
+        """Write step_000500_0.mp4 and so on (.png of one frame) into OUT/samples, if not there.
 
         What fails is told and does not keep the training from going on. network: makes what is
         sampled from. stop: asked before every sample whether to leave it and those after it.
@@ -103,6 +103,8 @@ class Samples:
                 break
             suffix = ".mp4" if sample.request.frames > 1 else ".png"
             path = self._folder / f"step_{step:06}_{k}{suffix}"
+            if path.exists():
+                continue
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._make(sample, path, made())
