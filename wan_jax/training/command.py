@@ -367,8 +367,7 @@ def _settled(own: TrainConfig, dtype: str) -> dict[str, Any]:
         "lora": dataclasses.asdict(own.part(LoraConfig)),
         "data": {name: getattr(own, name) for name in ("size", "frames", "fps")},
         "optimizer": dataclasses.asdict(own.part(OptimizerConfig)),
-        "seed": own.seed,
-        "accumulate": own.accumulate,
+        **own.part(LoopConfig).facts,
     }
 
 

@@ -49,6 +49,11 @@ class LoopConfig:
                     f"{field.name} is {value!r}; an integer of {low} or more is needed"
                 )
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        return {"seed": self.seed, "accumulate": self.accumulate}
+
 
 class Report(NamedTuple):
     """What is told now and then: the step, of how many, its metrics, seconds a step."""
@@ -92,12 +97,10 @@ def run(
     device. on_report: told the metrics when they are written; on_checkpoint: given the state when a
     checkpoint of it is begun; on_sample: every sample_every steps, at the end, and when the run
     goes on from there. stop: asked after every step whether to leave now, with a checkpoint.
-    Raises ValueError if another process trains into `out`; DivergedError naming the step at which
-    loss or gradient is no longer finite, and the checkpoints before it stay; what `batches`, the
-    disk or a callback raises, after a checkpoint.
+    Raises ValueError if another process trains into `out`; DivergedError naming the step whose loss
+    or gradient is not finite; what `batches`, disk or callbacks raise, after a checkpoint.
     """
-    own = {"optimizer": dataclasses.asdict(optimizer), **(facts or {}), "seed": loop.seed}
-    own["accumulate"] = loop.accumulate
+    own = loop.facts | {"optimizer": dataclasses.asdict(optimizer)} | (facts or {})
     with _alone(out), Saver(out, keep=loop.keep, facts=own) as saver:
         state, options = _begin(saver, params, optimizer, loop.seed, layout)
         step = make_step(loss, optimizer, accumulate=loop.accumulate, **options)
@@ -119,7 +122,7 @@ def run(
                     kept = last or _due(number + 1, loop.checkpoint_every)
                     if kept or _due(number + 1, loop.log_every):
                         pending.write()  # first, or a kill between the two would lose lines
-                        saver.check()
+                    saver.check()
                     if kept:
                         saver.save(state)
                         on_checkpoint(state)
