@@ -4,6 +4,8 @@ import dataclasses
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.unit.test_cli import environment
 from wan_jax import sharding
 from wan_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from wan_jax.tokenizer import load_tokenizer, write_byte_tokenizer
@@ -365,3 +368,26 @@ def test_what_learned_is_scored(out: Path, kind: str, near: tuple[str, ...]) -> 
     assert all(
         0 <= v <= 1 for k, v in found.items() if k not in ("kind", "clips") and "dB" not in k
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "said"),
+    [
+        (
+            ("--stages", "examples", "--minutes", "0.00001"),
+            75,
+            "stopped before stage examples; the",
+        ),
+        (("--stages", "reader"), 2, "error: "),
+    ],
+)
+def test_the_command_leaves_with_a_status_and_a_line(
+    flags: tuple[str, ...], status: int, said: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "wan_jax.training.miniature", *flags, "--out", "out"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert said in (done.stdout + done.stderr).splitlines()[-1]
+    assert "Traceback" not in done.stderr

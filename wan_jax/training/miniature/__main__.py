@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from wan_jax import runner
+from wan_jax.cli import Stopped
 from wan_jax.training.loop import Report
 from wan_jax.training.miniature.running import Paused, Stop, until
 
@@ -43,11 +44,18 @@ def main(_: list[str]) -> None:
         try:
             for stage in STAGES:
                 if stage in chosen:
+                    if leave():
+                        raise Paused(f"stopped before stage {stage}")
                     _say(f"stage {stage}")
                     _run(stage, Path(_OUT.value), leave)
         except Paused as error:
             _say(f"{error}; the same command goes on")
             sys.exit(128 + signals[0] if signals else _TEMPORARY)
+        except Stopped as error:  # a second signal
+            sys.exit(error.status)
+        except ValueError as error:
+            _say(f"error: {error}")
+            sys.exit(2)
 
 
 def _run(stage: str, out: Path, stop: Stop) -> None:
@@ -70,7 +78,7 @@ def _run(stage: str, out: Path, stop: Stop) -> None:
     elif stage == "reader":
         reader.train(out, seed=_SEED.value, tell=_report, stop=stop)
     elif stage == "evaluate":
-        _evaluate(out, evaluate)
+        _evaluate(out, evaluate, stop)
     elif stage == "pack":
         sizes = pack.pack(out, out / "assets")
         _say(f"{out / 'assets'}: {sum(sizes.values()) / 1e6:.1f} MB")
@@ -80,7 +88,7 @@ def _run(stage: str, out: Path, stop: Stop) -> None:
         transformer.train(stage, out, seed=_SEED.value, tell=_report, notify=_say, stop=stop)
 
 
-def _evaluate(out: Path, evaluate) -> None:  # type: ignore[no-untyped-def]
+def _evaluate(out: Path, evaluate, stop: Stop) -> None:  # type: ignore[no-untyped-def]
     """Score every transformer that there is; OUT/scores.json."""
     from wan_jax.training.miniature import autoencoder, files, networks
 
@@ -88,6 +96,8 @@ def _evaluate(out: Path, evaluate) -> None:  # type: ignore[no-untyped-def]
     decibels = autoencoder.reconstruction(arrays, config, count=16)
     found = {"vae": {"mean dB": sum(decibels) / len(decibels), "least dB": min(decibels)}}
     for kind in networks.DITS:
+        if stop():
+            raise Paused(f"stopped before {kind} is scored")
         if (out / f"{kind}.safetensors").exists():
             wan = evaluate.from_stages(out, kind)
             found[kind] = evaluate.scores(wan, clips=_CLIPS.value, pairs=_PAIRS.value, notify=_say)
