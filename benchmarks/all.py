@@ -82,7 +82,7 @@ JOBS = {
     "tiles_encode": Job(
         f"tiles.py --measure time --cases 'encode {_LONG},encode 1920x1080 801 12GB'", 4
     ),
-    "tiles_exact": Job(f"tiles.py --measure apart --exact --cases '{_EXACT}'", 6),
+    "tiles_exact": Job(f"tiles.py --measure apart --exact --cases '{_EXACT}'", 8),
     "spread": Job("spread.py --models 14B --plans guidance2,guidance2xulysses2 --steps 3", 7, ALL),
     "restore": Job(f"restore.py --model 14B --counts 4 --folder {FOLDER}", 3, ALL, "14B"),
 }
@@ -180,7 +180,6 @@ class Queue:
             words += ["--name", name, "--seconds", f"{seconds:.0f}"]
         words += ["--tiny"] if self._tiny else []
         where = {"WAN_JAX_RESULTS": str(self._work / name), "PYTHONUNBUFFERED": "1"}
-        where["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.getenv("PYTHONPATH"))))
         where["CUDA_VISIBLE_DEVICES"] = ",".join(cards)
         where |= {"JAX_PLATFORMS": "cpu"} if job.cards == NONE else {}
         with (self._out / f"{name}.log").open("wb") as log:

@@ -55,7 +55,8 @@ def end_with_signals() -> None:
     """SIGTERM and SIGHUP end this process and, before that, its children."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _ended)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _ended)
 
 
 def _ended(number: int, _: Any) -> NoReturn:

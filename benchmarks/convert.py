@@ -31,7 +31,6 @@ from measure import report
 from random_checkpoint import drop_cached
 from records import ROOT, Results, table, versions
 
-sys.path.insert(0, str(ROOT))
 from tests import manifests
 
 PARTS = {"dit": "t2v_1_3b.wan", "vae": "vae.wan", "umt5": "umt5.wan"}  # the manifests

@@ -16,6 +16,8 @@ from typing import Any
 
 OURS = "wan_jax"
 ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # what is measured is what commit() names, installed or not
+    sys.path.insert(0, str(ROOT))
 RESULTS = Path(__file__).parent / "results"
 WIDE, NARROW = "product bfloat16", "product fp8"
 # TFLOP/s measured on a card by its name: a bfloat16 product of 8192^3 (by torch), and the decoder's

@@ -101,6 +101,9 @@ def run(
             found.append({**case.labels, **row})
             print(found[-1], flush=True)
             results.write(finished())
+    if not found:
+        print("nothing was measured, and nothing is written", flush=True)
+        return []
     results.write(finished())
     print(f"{told['device']}, {versions()}\nwritten to {results.path}")
     print(table(finished(), (*columns, "error")), flush=True)

@@ -27,7 +27,7 @@ from typing import Any
 
 import random_checkpoint
 from measure import attempt
-from records import OURS, ROOT
+from records import OURS
 from runs import Case, listed, parser, run
 
 KEPT = ("nothing kept", "programs kept", "files kept")
@@ -146,7 +146,6 @@ def run_command(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.tiny:  # on a CPU a run keeps no programs of itself
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(arguments.cache)
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    sys.path.insert(0, str(ROOT))
     watch = Watch(arguments.steps)
     import jax
 
@@ -170,7 +169,8 @@ def run_command(arguments: argparse.Namespace) -> dict[str, Any]:
             cli.run(run_t2v.main)
         except SystemExit as end:
             if end.code:
-                raise RuntimeError(f"run_t2v.py ended with status {end.code}") from end
+                reason = f"status {end.code}: {end.__context__}"
+                raise RuntimeError(f"run_t2v.py ended with {reason}") from end
     return watch.found()
 
 

@@ -87,6 +87,8 @@ def _numbers(
     if own is not None and peer is not None and own.get(number) is not None:
         ratio = f"{own[number] / peer[number]:.2f}"
         ratio += " to bfloat16" if own.get("kind") == NARROW else ""
+    elif own is not None and "to_whole" in own:
+        ratio = f"{own['to_whole']:.2f} to the whole"
     if peer is not None:
         way = next((peer[key] for key in ("how", "backend") if key in peer), "@")
         name = f" ({peer['system']}{'' if way == '@' else ', ' + way})"
