@@ -374,7 +374,7 @@ def test_what_learned_is_scored(out: Path, kind: str, near: tuple[str, ...]) -> 
     ("flags", "status", "said"),
     [
         (
-            ("--stages", "examples", "--minutes", "0.00001"),
+            ("--stages", "examples", "--minutes", "0"),
             75,
             "stopped before stage examples; the",
         ),
