@@ -74,7 +74,8 @@ JOBS = {
         model="1.3B",
     ),
     "memory_14B": Job(
-        f"memory.py --model 14B --folder {FOLDER} --stages denoise --max_memory none,12GB",
+        f"memory.py --model 14B --folder {FOLDER} --stages denoise --steps 3 "
+        "--max_memory none,12GB",
         7,
         model="14B",
     ),

@@ -5,8 +5,9 @@ Run as a script this file tells the device.
 
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from records import shortened
@@ -129,6 +130,25 @@ def torch_seconds(
     seconds = median_seconds(whole, warmups=warmups, repeats=repeats, busy=busy)
     peak = torch.cuda.max_memory_allocated() if on_card else 0
     return {"seconds": seconds, "peak_gib": peak / 2**30}
+
+
+def video_writer(path: str) -> tuple[str, Callable[[Iterable[Any]], None]]:
+    """("mp4", what writes chunks of frames there); without ffmpeg ("frames", what only takes them).
+
+    Asked before anything slow; an mp4 that cannot be written must not lose the rest of a run.
+    """
+    from wan_jax import media
+
+    def take(chunks: Iterable[Any]) -> None:
+        for _ in chunks:
+            pass
+
+    try:
+        media.check_output(path, 81)
+    except ValueError as error:
+        print(f"no video is written: {error}", file=sys.stderr)
+        return "frames", take
+    return "mp4", lambda chunks: media.save_video(chunks, path)
 
 
 if __name__ == "__main__":

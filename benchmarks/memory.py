@@ -4,13 +4,14 @@
 
 Each stage is a process of its own that loads its network from a converted checkpoint of random
 numbers (see startup.py) and runs; "all" goes from the text to the mp4, each network leaving the
-card when it is done. step_seconds is the median of the denoising steps behind the first, and
-step_ratio that by the same of no limit; streamed names the networks whose layers lie in the host's
-memory. peak is the most that JAX's allocator had in use, tuning of programs included; pool what it
-had taken from the card for that; card what NVML, the library of nvidia-smi, saw more than before,
-which is right if nothing else runs. --max_memory is run_t2v.py's, and so much is all that JAX may
-take of the card, unless --gib or --fraction say what; what does not fit says so. Prints one table
-and writes results/memory_MODEL.json. Needs a CUDA GPU for the real models.
+card when it is done; without an ffmpeg the frames are brought to the host and not written, which
+"made" tells. step_seconds is the median of the denoising steps behind the first, and step_ratio
+that by the same of no limit; streamed names the networks whose layers lie in the host's memory.
+peak is the most that JAX's allocator had in use, tuning of programs included; pool what it had
+taken from the card for that; card what NVML, the library of nvidia-smi, saw more than before, which
+is right if nothing else runs. --max_memory is run_t2v.py's, and so much is all that JAX may take of
+the card, unless --gib or --fraction say what; what does not fit says so. Prints one table and
+writes results/memory_MODEL.json. Needs a CUDA GPU for the real models.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from card import Card, fraction, limited
-from measure import attempt
+from measure import attempt, video_writer
 from records import OURS
 from runs import Case, Rows, listed, parser, run
 from startup import MODELS, write, written
@@ -57,11 +58,9 @@ def run_stage(
         import jax
 
         import wan_jax
-        from wan_jax import media
         from wan_jax.request import make_request
 
-        if stage == "all":
-            media.check_output(mp4, 81)  # before anything slow
+        made, save = video_writer(str(mp4)) if stage == "all" else ("", list)
         before, told = time.perf_counter(), Steps()
         wan = wan_jax.load(folder, offload=True, max_memory=limit)
         # Two prompts: guidance needs the negative one.
@@ -82,10 +81,11 @@ def run_stage(
                 pass
         else:
             stream = wan.generate(PROMPT, **settings, callback=told, output="stream")
-            wan_jax.save_video(stream, str(mp4))
+            save(stream)
         seconds = time.perf_counter() - before
         stats = jax.devices()[0].memory_stats() or {}
     found = {"seconds": seconds, **told.seconds(), "streamed": " and ".join(wan.streamed) or "-"}
+    found |= {"made": made} if made else {}
     return {**found, **sizes_of(stats), **({} if card.gib is None else {"card_gib": card.gib})}
 
 
@@ -156,8 +156,8 @@ def main() -> None:
             for stage in listed(arguments.stages):
                 child = [*same, *own_flags, "--case", stage]
                 cases.append(Case({"case": stage, "how": words}, child, environment))
-        columns = ("case", "how", "seconds", "step_seconds", "step_ratio", "streamed", "peak_gib")
-        columns += ("pool_gib", "card_gib", "limit_gib")
+        columns = ("case", "how", "seconds", "step_seconds", "step_ratio", "streamed", "made")
+        columns += ("peak_gib", "pool_gib", "card_gib", "limit_gib")
         options: dict[str, Any] = {"arguments": arguments, "columns": columns, "derive": slower}
         run(f"memory_{model}", __file__, cases, **options)
     finally:

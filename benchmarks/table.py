@@ -58,6 +58,7 @@ def lines_of(name: str, found: dict[str, Any], run: int) -> Iterator[tuple[str, 
         for own in [row for row in rows if row not in peers] or [None]:
             way = own.get("how") if own is not None and "{how}" not in pattern else None
             text = case if way in (None, "@") else f"{case}, {way}"
+            text += ", no file" if own is not None and own.get("made") == "frames" else ""
             part = None if own is None else share_of(benchmark, own, found)
             share = "-" if part is None else f"{100 * part:.0f} %"
             yield (benchmark, text, *_numbers(own, best, number), share, _peak(own), f"[{run}]")
