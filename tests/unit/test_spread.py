@@ -52,7 +52,11 @@ def layout_of(plan: Plan, *, split: bool = False) -> Layout:
 
 @pytest.fixture(scope="module")
 def dit() -> DiT:
-    abstract = trees.abstract(lambda: DiT(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    return network(CONFIG)
+
+
+def network(config: DiTConfig) -> DiT:
+    abstract = trees.abstract(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     shapes = {name: leaf.shape for name, leaf in trees.flatten(abstract).items()}
     return trees.fill(abstract, {k: jnp.asarray(random_array(k, v)) for k, v in shapes.items()})
 
@@ -101,6 +105,17 @@ def test_split_weights_give_the_same_latents(
     assert all(leaf.addressable_shards[0].data.size * plan.devices == leaf.size for leaf in large)
     found = sample(dit, "75 tokens", layout=layout)
     assert relative_l2(found, alone["75 tokens"]) <= tolerances.SPREAD
+
+
+def test_as_many_layers_as_devices_are_not_split_among_them() -> None:
+    """The biases of the hidden layer, [3, 128], divide among three along the layers alone."""
+    dit = network(dataclasses.replace(CONFIG, num_layers=3))
+    layout = layout_of(Plan(ulysses=3), split=True)
+    placed = jax.device_put(dit, layout.weights(dit))
+    assert placed.layers.ffn_in.bias[...].addressable_shards[0].data.shape == (3, 128)
+    found = sample(dit, "48 tokens", branches=1, layout=layout)
+    alone = sample(dit, "48 tokens", branches=1)
+    assert relative_l2(found, alone) <= tolerances.SPREAD
 
 
 @pytest.mark.parametrize("plan", [Plan(guidance=2, ulysses=2), Plan(ring=2, ulysses=2)], ids=str)
