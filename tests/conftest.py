@@ -4,7 +4,6 @@ import atexit
 import os
 import shutil
 import tempfile
-from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -13,15 +12,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, programs, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-# Compiled without optimisation: most programs are small, and run a few times. Each worker keeps to
-# a core, and to emitters that compile in two thirds of the time; later releases do not have them.
+# Compiled without optimisation: most programs are small, and run a few times.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        "--xla_cpu_multi_thread_eigen=false",
-        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
     )
 )
 
@@ -30,9 +26,6 @@ import pytest
 
 from wan_jax import xla
 
-jax.devices()
-# libtpu, which is loaded later, ends the process for a flag that it does not know.
-os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].split("--xla_cpu")[0]
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
