@@ -379,8 +379,9 @@ def held_back(*, active: bool) -> Iterator[list[int]]:
         signals.append(signum)
         say("stopping after this step; a second signal stops at once")
 
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        heard.append(signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield signals

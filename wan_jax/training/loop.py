@@ -138,7 +138,8 @@ def run(
 def _alone(out: Path) -> Iterator[None]:
     """The folder, which is made; ValueError if another process trains into it."""
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / ".training.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    file = out / ".training.lock"
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,6 +148,7 @@ def _alone(out: Path) -> Iterator[None]:
         except OSError:
             pass  # a disk that knows no locks
         yield
+        file.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
