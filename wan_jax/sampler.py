@@ -75,13 +75,7 @@ def velocity(
     if known is not None:
         x = jnp.concatenate([x, jnp.broadcast_to(known, (*x.shape[:-1], known.shape[-1]))], -1)
     run = functools.partial(dit, implementation=implementation, fetch=host_memory.fetch_of(dit))
-    positive = run(x, t_b, conds[0])
-    if len(conds) == 1:
-        return positive
-    # The barrier keeps the second branch's activations from living beside the first's.
-    x, positive = lax.optimization_barrier((x, positive))
-    negative = run(x, t_b, conds[1])
-    return negative + guidance * (positive - negative)
+    return spread.in_turn(run, x, t_b, conds, guidance)
 
 
 def step(

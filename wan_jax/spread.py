@@ -143,10 +143,20 @@ def _velocity(
         own = run(x, t_b, jax.tree.map(lambda leaf: leaf[0], conds))
         positive, negative = lax.all_gather(own, GUIDANCE)
         return negative + guidance * (positive - negative)
+    return in_turn(run, x, t_b, conds, guidance)
+
+
+def in_turn(
+    run: Callable[..., Array], x: Array, t_b: Array, conds: Sequence[Cond], guidance: Array
+) -> Array:
+    """The velocity of one branch, or of two that run in turn: v_neg + guidance * (v_pos - v_neg).
+
+    run: (x, t_b, cond) -> velocity.
+    """
     positive = run(x, t_b, conds[0])
     if len(conds) == 1:
         return positive
-    # The activations of one branch shall not live beside those of the other.
+    # The barrier keeps the second branch's activations from living beside the first's.
     x, positive = lax.optimization_barrier((x, positive))
     negative = run(x, t_b, conds[1])
     return negative + guidance * (positive - negative)

@@ -119,6 +119,7 @@ def _encoded_in_tiles(
     layout: Layout | None,
     tiles: int,
 ) -> Iterator[Array]:
+    """The same of so many tiles, which the first frame tells the width of."""
     chunks = iter(chunks)
     first = next(chunks)
     width = first.shape[3] // network.config.spatial_stride

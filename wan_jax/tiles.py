@@ -6,14 +6,13 @@ that is still to be done sees them. A window ends where the video ends, and not 
 convolution pads with is right where it is kept, and networks know nothing of tiles.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
 
 Array = jax.Array
-AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 AXIS = 3  # of [b, t, y, x, c]
 
 
@@ -65,7 +64,7 @@ class Tiles(NamedTuple):
             found.append(Place(starts[0], own, tuple(offsets)))
         return found
 
-    def take(self, whole: AnyArray, place: Place) -> AnyArray:
+    def take(self, whole: np.ndarray, place: Place) -> np.ndarray:
         """A tile's first window of an array of any resolution."""
         scale = whole.shape[AXIS] // self.width
         start = place.start * scale
