@@ -48,27 +48,110 @@ _odd.defvjp(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend_rows(q: Array, k: Array, v: Array, count: int) -> Array:
     """The kernel without a mask, which is the faster one, over more rows than there are keys.
 
     The rows to spare become copies of the last key, of value zero. So all they do is to lessen the
     result by their share of the softmax, which is divided out; it is at most spare / (spare + 1),
-    whatever the scores are. For a gradient they are cut off.
+    whatever the scores are. Odd numbers of rows have no gradient in JAX; they are cut off.
     """
-    spare, last = k.shape[1] - count, k[:, count - 1 : count]
-    k, v = k.at[:, count:].set(last), v.at[:, count:].set(0)
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        return attend(q, k[:, :count], v[:, :count])
+    return _rows(q, k, v, count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rows(q: Array, k: Array, v: Array, count: int) -> Array:
+    k, v = _spared(k, v, count)
     out, weight = attend_with_weight(q, k, v)
-    score = jnp.sum(q.astype(jnp.float32) * last.astype(jnp.float32), axis=-1)
-    share = spare * jnp.exp(score * (1.0 / math.sqrt(q.shape[-1])) - weight)
-    return (out.astype(jnp.float32) / (1.0 - share)[..., None]).astype(q.dtype)
+    return _undiluted(q, k, out, weight, count)[0]
+
+
+def _spared(k: Array, v: Array, count: int) -> tuple[Array, Array]:
+    return k.at[:, count:].set(k[:, count - 1 : count]), v.at[:, count:].set(0)
+
+
+def _undiluted(q: Array, k: Array, out: Array, weight: Array, count: int) -> tuple[Array, Array]:
+    """The result over the real keys alone, and their weight."""
+    rest = -_share(q, k, weight) * (k.shape[1] - count)
+    real = out.astype(jnp.float32) / (1.0 + rest)[..., None]
+    return real.astype(q.dtype), weight + jnp.log1p(rest)
+
+
+def _share(q: Array, k: Array, weight: Array) -> Array:
+    """Of the last key in the softmax, [b, s, n]."""
+    score = jnp.sum(q.astype(jnp.float32) * k[:, -1:].astype(jnp.float32), axis=-1)
+    return jnp.exp(score * _scale(q) - weight)
 
 
 def _rows_forward(q: Array, k: Array, v: Array, count: int) -> tuple[Array, Any]:
-    return jax.vjp(lambda q, k, v: attend(q, k[:, :count], v[:, :count]), q, k, v)
+    k, v = _spared(k, v, count)
+    out, weight = _undiluted(q, k, *_forward_kernel(q, k, v), count)
+    return out, (q, k, v, out, weight)
 
 
-attend_rows.defvjp(_rows_forward, lambda _, back, out_cotangent: back(out_cotangent))
+def _rows_backward(count: int, kept: Any, out_cotangent: Array) -> tuple[Array, Array, Array]:
+    """The kernel's gradient, given the result and the weight of the real keys.
+
+    So what it says of them is right. A row to spare, whose value is zero, has as the gradient of
+    its score minus its share times <out, cotangent>; what that gave the queries is taken off again.
+    """
+    q, k, v, out, weight = kept
+    dq, dk, dv = _backward_kernel(q, k, v, out, weight, out_cotangent)
+    spare, float32 = k.shape[1] - count, jnp.float32
+    along = jnp.sum(out.astype(float32) * out_cotangent.astype(float32), axis=-1)
+    added = along * _share(q, k, weight) * (spare * _scale(q))
+    dq = (dq.astype(float32) + added[..., None] * k[:, -1:].astype(float32)).astype(q.dtype)
+    return dq, dk.at[:, count:].set(0), dv.at[:, count:].set(0)
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _scale(q: Array) -> float:
+    return 1.0 / math.sqrt(q.shape[-1])
+
+
+# JAX has no public name for the backward kernel, and its own rule of the gradient of what
+# attend_with_weight() calls would be given the weight of all rows, the spare ones too.
+def _kernels() -> Any:
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
+
+
+def _forward_kernel(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    cudnn = _kernels()
+    given = (q, k, v, *_unused(q), *_settings(q), cudnn.check_cudnn_version(), True)
+    (out, weight), _ = cudnn._dot_product_attention_fwd_rule(*given)
+    return out, _by_rows(weight, q)
+
+
+def _backward_kernel(
+    q: Array, k: Array, v: Array, out: Array, weight: Array, out_cotangent: Array
+) -> tuple[Array, Array, Array]:
+    cudnn = _kernels()
+    kept = (q, k, v, *_unused(q), weight.swapaxes(1, 2), out)
+    given = (*_settings(q), cudnn.check_cudnn_version(), False, kept, out_cotangent)
+    dq, dk, dv, *_ = cudnn._dot_product_attention_bwd_rule(*given)
+    return dq, dk, dv
+
+
+def _unused(q: Array) -> tuple[Array, ...]:
+    """Bias, lengths, offsets and page tables, as those rules want them where there are none."""
+    return (jnp.zeros(0, q.dtype),) * 7
+
+
+def _settings(q: Array) -> tuple[Any, ...]:
+    """Scale, seed and rate of dropout, whether there is a bias, mask, layout and window."""
+    cudnn = _kernels()
+    layout = cudnn.AttentionLayout.BTNH.value
+    return (_scale(q), 42, 0.0, (False, False), cudnn.MaskType.NO_MASK, layout, None)
+
+
+def _by_rows(weight: Array, q: Array) -> Array:
+    """[b, s, n] of what the kernel gives."""
+    return weight.reshape(q.shape[0], q.shape[2], -1).swapaxes(1, 2)
 
 
 def attend_with_weight(
@@ -77,13 +160,13 @@ def attend_with_weight(
     """As attention.partial_attention(), but of no keys anything comes."""
     # What jax.nn.dot_product_attention calls: it would round the weight to the dtype of q, which
     # in bfloat16 puts merged results off by 3 %.
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
+    cudnn = _kernels()
     lengths: dict[str, Any] = {}
     if count is not None:
         rows = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
         real = jnp.broadcast_to(jnp.asarray(count, jnp.int32), rows.shape)
         lengths = {"q_seqlen": rows, "kv_seqlen": real, "mask_type": cudnn.MaskType.PADDING}
-    scale = 1.0 / math.sqrt(q.shape[-1])
-    out, weight = cudnn.dot_product_attention(q, k, v, scale=scale, return_residual=True, **lengths)
-    return out, weight.reshape(q.shape[0], q.shape[2], -1).swapaxes(1, 2)
+    out, weight = cudnn.dot_product_attention(
+        q, k, v, scale=_scale(q), return_residual=True, **lengths
+    )
+    return out, _by_rows(weight, q)

@@ -313,23 +313,60 @@ def test_rows_to_spare_are_not_attended_to(
         )
 
 
-def test_rows_to_spare_have_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    _on_a_card(monkeypatch)
-    monkeypatch.setattr(cudnn, "attend", lambda *qkv: module._chunked(*qkv)[0])
-    operands = draw(40, 40)
+def _gradient_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """In float32, what cuDNN's two kernels compute; the backward one believes what it is given."""
+    given: list[tuple[int, int]] = []
+
+    def backward(
+        q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, weight: jax.Array, back: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        given.append((q.shape[1], k.shape[1]))
+        scale = 1.0 / np.sqrt(q.shape[-1])
+        scores = jnp.einsum("bsnk,btnk->bnst", q, k) * scale
+        shares = jnp.exp(scores - weight.swapaxes(1, 2)[..., None])
+        along = jnp.sum(out * back, axis=-1).swapaxes(1, 2)[..., None]
+        slopes = shares * (jnp.einsum("bsnk,btnk->bnst", back, v) - along) * scale
+        dq, dk = (
+            jnp.einsum("bnst,btnk->bsnk", slopes, k),
+            jnp.einsum("bnst,bsnk->btnk", slopes, q),
+        )
+        return dq, dk, jnp.einsum("bnst,bsnk->btnk", shares, back)
+
+    monkeypatch.setattr(cudnn, "_forward_kernel", module._chunked)
+    monkeypatch.setattr(cudnn, "_backward_kernel", backward)
+    return given
+
+
+@pytest.mark.parametrize(("rows", "real"), [(40, 33), (40, 39), (64, 40)])
+@pytest.mark.parametrize("to_the_last", [False, True])
+def test_rows_to_spare_have_no_part_in_a_gradient(
+    rows: int, real: int, to_the_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = _gradient_kernels(monkeypatch)
+    q, k, v = draw(rows, rows)
+    if to_the_last:  # so its copies are most of what the kernel attends to
+        q = q + k[:, real - 1 : real]
+    cotangent = jax.random.normal(jax.random.key(5), q.shape)
 
     def cut(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return module._chunked(q, k[:, :33], v[:, :33])[0]
+        return module._chunked(q, k[:, :real], v[:, :real])[0]
 
-    out, wanted = jax.vjp(cut, *operands)
-    again, found = jax.vjp(
-        lambda *qkv: attention(*qkv, count=33, implementation="cudnn"),
-        *(x.astype(jnp.bfloat16) for x in operands),
-    )
-    assert relative_l2(again, out) <= tolerances.ATTENTION_BFLOAT16
-    for one, other in zip(found(out.astype(jnp.bfloat16)), wanted(out)):
-        assert relative_l2(one, other) <= 2 * tolerances.ATTENTION_BFLOAT16
-    assert all(not np.any(gradient[:, 33:]) for gradient in found(again)[1:])
+    wanted_out, wanted = jax.vjp(cut, q, k, v)
+    out, found = jax.vjp(lambda *qkv: cudnn.attend_rows(*qkv, real), q, k, v)
+    assert relative_l2(out, wanted_out) <= 10 * BOUNDS[jnp.float32]
+    for one, other in zip(found(cotangent), wanted(cotangent)):
+        assert relative_l2(one, other) <= 10 * BOUNDS[jnp.float32]
+    assert given == [(rows, rows)]
+    assert all(not np.any(gradient[:, real:]) for gradient in found(cotangent)[1:])
+
+
+def test_odd_rows_to_spare_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    _on_a_card(monkeypatch)
+    monkeypatch.setattr(cudnn, "attend", lambda *qkv: module._chunked(*qkv)[0])
+    q, k, v = draw(41, 41)
+    out, back = jax.vjp(lambda *qkv: cudnn.attend_rows(*qkv, 33), q, k, v)
+    assert relative_l2(out, exact(q, k[:, :33], v[:, :33])) <= BOUNDS[jnp.float32]
+    assert all(not np.any(gradient[:, 33:]) for gradient in back(out)[1:])
 
 
 def test_rows_pay_for_videos_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
