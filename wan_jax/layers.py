@@ -157,7 +157,28 @@ def linear(p: Linear | QuantizedLinear, x: Array) -> Array:
         y = y + _product(_product(x, down, y.dtype).astype(kernel.dtype), up, y.dtype)
     if p.bias is not None:
         y = _plus(y, p.bias[...])
-    return checkpoint_name(y.astype(kernel.dtype), PRODUCT)
+    return checkpoint_name(_rounded(y, kernel.dtype), PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rounded(y: Array, dtype: jnp.dtype) -> Array:
+    """y in dtype, and a gradient that is in memory in that dtype once, for all that read it.
+
+    XLA would leave out the rounding and write it in float32 for the bias beside 16 bits for the
+    products: with the 1.3B's feed-forward 1.8 GB more to move in every layer.
+    """
+    return y.astype(dtype)
+
+
+def _rounded_forward(y: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    return y.astype(dtype), jnp.zeros(0, y.dtype)
+
+
+def _rounded_backward(dtype: jnp.dtype, like: Array, gradient: Array) -> tuple[Array]:
+    return (lax.optimization_barrier(gradient.astype(dtype)).astype(like.dtype),)
+
+
+_rounded.defvjp(_rounded_forward, _rounded_backward)
 
 
 @jax.custom_vjp
