@@ -97,18 +97,14 @@ class Coder:
 
         if self.video.kind == "decode":
             own = {"tiles": tiling.tiles, "chunk": tiling.chunk, "pixels": pixels, "dtype": dtype}
-            given = self._latents()
-            given = given if count == len(given[0]) else given[:, :count]
+            given = self._latents()[:, :count]
             return (frames for frames, _ in streaming.decode(self._network, given, **own))
         own = {"tiles": tiling.tiles, "dtype": dtype, "what": "the video"}
         return streaming.encode(self._network, self._pixels(count), **own)
 
-    def _latents(self) -> Any:
-        import jax
-
+    def _latents(self) -> np.ndarray:
         if self._given is None:
             self._given = self._draw.standard_normal((1, *self.shape), np.float32)
-            self._given = jax.block_until_ready(jax.device_put(self._given))
         return self._given
 
     def _pixels(self, count: int) -> Iterator[np.ndarray]:

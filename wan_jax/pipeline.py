@@ -264,7 +264,9 @@ class Wan:
         z = self.config.vae.z_dim
         if np.ndim(latents) != 5 or np.shape(latents)[-1] != z:
             raise ValueError(f"latents have shape {np.shape(latents)}; [b, t, h, w, {z}] is needed")
-        return self._stream(jnp.asarray(latents, jnp.float32), dtype, callback)
+        if not isinstance(latents, jax.Array):
+            latents = np.asarray(latents)  # and there it stays where the VAE runs in tiles
+        return self._stream(latents.astype(jnp.float32), dtype, callback)
 
     def _frames(self, latents: Array, callback: Callback | None) -> np.ndarray:
         """uint8 [b, f, y, x, 3], decoded one video at a time."""
@@ -279,14 +281,14 @@ class Wan:
         return np.concatenate(videos)
 
     def _stream(
-        self, latents: Array, dtype: str, callback: Callback | None
+        self, latents: Array | np.ndarray, dtype: str, callback: Callback | None
     ) -> Iterator[np.ndarray]:
         with self._stage("vae", callback) as network:
             yield from self._decode(network, latents, dtype, callback)
             del network
 
     def _decode(
-        self, network: Any, latents: Array, dtype: str, callback: Callback | None
+        self, network: Any, latents: Array | np.ndarray, dtype: str, callback: Callback | None
     ) -> Iterator[np.ndarray]:
         batch, count = latents.shape[:2]
         tiling = self._room.tiling("decode", self.config.vae, latents.shape[1:], batch)

@@ -62,7 +62,7 @@ def encode(
 
 def decode(
     network: vae.VAE,
-    latents: Array,
+    latents: Array | np.ndarray,
     *,
     pixels: str,
     dtype: str,
@@ -72,15 +72,15 @@ def decode(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Chunks of frames [b, f, y, x, 3], each with the number of latent frames that are done.
 
-    latents: float32 [b, t, h, w, z]. pixels: "uint8" or "float32". dtype: of the run. layout,
-    tiles: as encode() has them. chunk: latent frames at a time after the first, a number that
-    divides those; None is decode_chunk()'s. A chunk crosses to the host while the next is computed;
+    latents: float32 [b, t, h, w, z]; of those on the host tiles bring a chunk at a time to the
+    device. pixels: "uint8" or "float32". dtype: of the run. layout, tiles: as encode() has them.
+    chunk: latent frames at a time after the first, a number that divides those; None is
+    decode_chunk()'s. A chunk crosses to the host while the next is computed;
     those of tiles come together, and before them some without frames that tell what is done.
     Raises DivergedError for frames that hold NaN.
     """
     count = latents.shape[1]
     chunk = decode_chunk(count) if chunk is None else chunk
-    latents = place(latents, layout)
     # One image is rounded, as the reference saves it; a video is truncated, as it writes those.
     rounding = 0.5 if count == 1 else 0.0
     options: dict[str, Any] = {"pixels": pixels, "chunk": chunk, "rounding": rounding}
@@ -88,9 +88,10 @@ def decode(
     if tiles > 1:
         of_width = vae_tiles.decoder_tiles(network.config, latents.shape[3], tiles)
         run = vae_tiles.Run(of_width, dtype, _one_device(layout, tiles))
-        found = vae_tiles.decode(network, latents, run=run, **options)
+        where = _where(layout)
+        found = vae_tiles.decode(network, np.asarray(latents), run=run, where=where, **options)
     else:
-        found = _decoded(network, latents, dtype=dtype, layout=layout, **options)
+        found = _decoded(network, place(latents, layout), dtype=dtype, layout=layout, **options)
     yield from itertools.starmap(_fetch, found)
 
 
@@ -125,8 +126,8 @@ def _encoded_in_tiles(
     width = first.shape[3] // network.config.spatial_stride
     of_width = vae_tiles.encoder_tiles(network.config, width, tiles)
     run = vae_tiles.Run(of_width, dtype, _one_device(layout, tiles))
-    where = place(np.zeros(()), layout).sharding
-    return vae_tiles.encode(network, itertools.chain([first], chunks), run=run, where=where)
+    given = itertools.chain([first], chunks)
+    return vae_tiles.encode(network, given, run=run, where=_where(layout))
 
 
 def _decoded(
@@ -179,6 +180,11 @@ def place(tree: Any, layout: Layout | None) -> Any:
     Put there, whence jit makes one program and not two.
     """
     return jax.device_put(tree, jax.devices()[0]) if layout is None else layout.whole(tree)
+
+
+def _where(layout: Layout | None) -> jax.sharding.Sharding:
+    """Of the arrays of place()."""
+    return place(np.zeros(()), layout).sharding
 
 
 def zeros(

@@ -6,7 +6,7 @@ that is still to be done sees them. A window ends where the video ends, and not 
 convolution pads with is right where it is kept, and networks know nothing of tiles.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -64,10 +64,10 @@ class Tiles(NamedTuple):
             found.append(Place(starts[0], own, tuple(offsets)))
         return found
 
-    def take(self, whole: np.ndarray, place: Place) -> np.ndarray:
-        """A tile's first window of an array of any resolution."""
+    def window(self, whole: Any, number: int) -> Any:
+        """The first window of a tile, of an array of any resolution on the device or the host."""
         scale = whole.shape[AXIS] // self.width
-        start = place.start * scale
+        start = self.places()[number].start * scale
         return whole[:, :, :, start : start + self.windows[0] * scale]
 
     def narrow(self, x: Array, i: int, offsets: tuple[Array, ...]) -> Array:

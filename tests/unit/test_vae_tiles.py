@@ -117,9 +117,10 @@ def blocks_of(monkeypatch: pytest.MonkeyPatch, *, chunks: int) -> list[vae_tiles
     kept: list[vae_tiles.Fine] = []
     to_host = vae_tiles._to_host
 
-    def noted(state: vae_tiles.Fine) -> vae_tiles.Fine:
-        kept.append(to_host(state))
-        return kept[-1]
+    def noted(tree: vae_tiles.Fine | tuple) -> vae_tiles.Fine | tuple:
+        found = to_host(tree)
+        kept.extend([found] if isinstance(found, vae_tiles.Fine) else [])
+        return found
 
     def blocks(items: Iterable, size: Callable) -> Iterator[tuple[list, bool]]:
         return own(items, lambda item: size(item) and vae_tiles._BLOCK // chunks)
@@ -219,8 +220,8 @@ def test_columns_go_from_the_whole_to_windows_and_back() -> None:
     tiles = Tiles(13, 4, (3, 1))
     whole = np.arange(2 * 26, dtype=np.float32).reshape(1, 1, 1, 26, 2)  # two columns a latent one
     back = np.zeros_like(whole)
-    for place in tiles.places():
-        x = jnp.asarray(tiles.take(whole, place))
+    for number, place in enumerate(tiles.places()):
+        x = jnp.asarray(tiles.window(whole, number))
         for i in range(2):
             x = tiles.narrow(x, i, place.offsets)
         tiles.put(back, np.asarray(x), place)

@@ -107,17 +107,20 @@ class Coding(NamedTuple):
             coarse, _ = encoder_parts(self._state(w))
             fine = jax.eval_shape(functools.partial(vae_tiles.encoder_fine, batch=1, **own))
             features = tiling.chunk * h * w * encoder_stages(config)[-1].d_in * self._itemsize
-            given = self._frame_bytes(tiling, tiles.windows[0])
+            given, windows = self._frame_bytes(tiling, tiles.windows[0]), 0
         else:
             coarse, _ = decoder_parts(self._state(w))
             fine = jax.eval_shape(functools.partial(vae_tiles.decoder_fine, batch=1, **own))
             piece, first = (1, tiling.chunk, *self.latent_shape[1:]), self.latent_shape[0] == 1
             features = math.prod(features_shape(config, piece, first=first)) * self._itemsize
-            # Of the frames one chunk is on its way to the host while the next is made.
-            given = features * tiles.windows[0] // w + self._frame_bytes(tiling, tiles.share)
+            window = features * tiles.windows[0] // w
+            # Of frames, and of all windows, one chunk is on its way to the host while the next is
+            # made.
+            given = window + self._frame_bytes(tiling, tiles.share)
+            windows = 2 * window * len(tiles.places())
         arrays = max(self._inputs(tiling, tiles.windows))
         tile = _bytes(fine) + _ARRAYS * arrays + 2 * given
-        return _bytes(coarse) + max(tile, _ARRAYS * features)
+        return _bytes(coarse) + max(tile, _ARRAYS * features + windows)
 
     def _inputs(self, tiling: Tiling, windows: Sequence[int]) -> Iterator[int]:
         """Bytes of a convolution's input in each finer stage, where windows are so wide."""
