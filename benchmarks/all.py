@@ -84,7 +84,7 @@ JOBS = {
         f"tiles.py --measure time --cases 'encode {_LONG},encode 1920x1080 801 12GB'", 4
     ),
     "tiles_exact": Job(f"tiles.py --measure apart --exact --cases '{_EXACT}'", 8),
-    "spread": Job("spread.py --models 14B --plans guidance2,guidance2xulysses2 --steps 3", 7, ALL),
+    "spread": Job("spread.py --plans guidance2,guidance2xulysses2 --steps 3", 8, ALL),
     "restore": Job(f"restore.py --model 14B --counts 4 --folder {FOLDER}", 3, ALL, "14B"),
 }
 
