@@ -4,8 +4,8 @@ A tile is a narrower video (tiles.py). Each runs through a block of chunks befor
 so that its state never leaves the device in between; after the block it waits in the host's memory
 for the next one. Frames of a block are put together on the host. What is at the latents' resolution
 is small and runs whole, before the tiles of a block or after them. What it makes for the decoder's
-tiles is cut on the device and waits in pinned memory: to cut arrays of the host took as long again
-as a third of the tiles on an H200.
+tiles is cut on the device and waits in pinned memory: with arrays of the host an H200 was idle for
+a third of the time.
 """
 
 import functools
@@ -42,7 +42,7 @@ Offsets = tuple[Any, ...]  # as a Place has them
 Span = tuple[int, int]  # of latent frames
 _HOST = "pinned_host"
 # Bytes on the host that the chunks of a block may take, one chunk at least: then the states cross
-# to the host and back once a block. Those of 1280x720 take 8 GiB, 45 of its chunks of features 4.
+# to the host and back once a block. Those of 1280x720 take 8 GiB, 32 of its chunks in five tiles 4.
 _BLOCK = 4 * 2**30
 
 
