@@ -2,7 +2,8 @@
 
 Callers pass arrays of the true length, or with rows to spare and the count of the real ones. What
 a kernel wants in multiples is padded and cut here. No such row counts in a result: it is not in the
-softmax, or divided out of it (cudnn.py), but of 8 bits has a weight that is told in fp8.py.
+softmax (hopper.py), or divided out of it (cudnn.py), but of 8 bits has a weight that is told in
+fp8.py.
 """
 
 import functools
@@ -20,7 +21,7 @@ from wan_jax.layers import pad, precision_of
 Array = jax.Array
 Partial = tuple[Array, Array]  # a result, and its weight
 WHOLE = ("cudnn", "splash", "chunked")  # those that partial_attention() has, too
-IMPLEMENTATIONS = (*WHOLE, "cudnn_fp8", "chunked_fp8")
+IMPLEMENTATIONS = ("hopper", *WHOLE, "cudnn_fp8", "chunked_fp8")
 
 # Scores held at once by the chunked form: 2^24 float32 values are 64 MiB.
 _CHUNK_ELEMENTS = 2**24
@@ -63,13 +64,18 @@ def attention(
 
     count: the first so many keys are real, at least one, and the rows behind them, of which any
     finite numbers may be left, are not attended to; None is all. row_tile() says when such rows
-    pay. implementation: None picks cuDNN on NVIDIA for 16 bits and the Pallas flash kernel
-    ("splash") on TPU for bfloat16, and the memory-bounded "chunked" form for all else. A named one
-    runs or raises: ValueError for an unknown name or operands it does not take. in_fp8: where none
+    pay. implementation: None picks, for 16 bits on NVIDIA, our own kernel for Hopper ("hopper") at
+    the lengths of videos that fit it, and cuDNN's at others; on TPU the Pallas flash kernel
+    ("splash") for bfloat16; and the memory-bounded "chunked" form for all else. A named one runs or
+    raises: ValueError for an unknown name or operands it does not take. in_fp8: where none
     is named, both products multiply 8 bits: "cudnn_fp8" on NVIDIA, as far as the heads' width fits
     it, and "chunked_fp8", which rounds as it does, elsewhere.
     """
     name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation, in_fp8=in_fp8)
+    if name == "hopper":
+        from wan_jax import hopper
+
+        return hopper.attend(q_bsnk, k_bsnk, v_bsnk, k_bsnk.shape[1] if count is None else count)
     if count is not None and count < k_bsnk.shape[1]:
         if name == "cudnn":
             return cudnn.attend_rows(q_bsnk, k_bsnk, v_bsnk, count)
@@ -143,9 +149,14 @@ def _checked(
         raise ValueError(f"q, k, v of shapes {shapes} do not fit; [b, s, n, k] is needed")
     if not q_bsnk.dtype == k_bsnk.dtype == v_bsnk.dtype:
         raise ValueError(f"q, k, v are {q_bsnk.dtype}, {k_bsnk.dtype}, {v_bsnk.dtype}; need one")
-    name = implementation or _pick(q_bsnk, in_fp8=in_fp8)
+    name = implementation or _pick(q_bsnk, k_bsnk, known, in_fp8=in_fp8)
     if name not in known:
         raise ValueError(f"implementation is {name!r}; one of {known} is needed")
+    if name == "hopper" and not _fits_hopper(q_bsnk, k_bsnk):
+        raise ValueError(
+            f"implementation 'hopper' has {q_bsnk.dtype} of {shapes} on {xla.traced_for().kind}; "
+            "16 bits, multiples of 128 rows and heads of 128 on an H100 or H200 are needed"
+        )
     if name.startswith("cudnn"):
         _check_cudnn(q_bsnk, name)
     if name == "splash" and q_bsnk.dtype == jnp.float16:
@@ -169,19 +180,29 @@ def row_tile(length: int, dtype: jnp.dtype) -> int:
     return _ROW_TILE if on_nvidia else 1
 
 
-def _pick(q: Array, *, in_fp8: bool) -> str:
+def _pick(q: Array, k: Array, known: tuple[str, ...], *, in_fp8: bool) -> str:
     platform = xla.traced_for().platform
     if in_fp8 and (platform != "gpu" or _fits_fp8(q)):
         return "cudnn_fp8" if platform == "gpu" else "chunked_fp8"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return "chunked"
     tpu_kernel = "splash" if q.dtype == jnp.bfloat16 else "chunked"
-    return {"gpu": _gpu_kernel(q), "tpu": tpu_kernel}.get(platform, "chunked")
+    own = "hopper" in known and min(q.shape[1], k.shape[1]) >= _TILED and _fits_hopper(q, k)
+    gpu_kernel = "hopper" if own else _gpu_kernel(q)
+    return {"gpu": gpu_kernel, "tpu": tpu_kernel}.get(platform, "chunked")
 
 
 def _gpu_kernel(q: Array) -> str:
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     return "cudnn" if fits and xla.on_nvidia() else "chunked"
+
+
+def _fits_hopper(q: Array, k: Array) -> bool:
+    if not xla.on_nvidia():
+        return False
+    from wan_jax import hopper
+
+    return hopper.fits(q, k)
 
 
 def _fits_fp8(q: Array) -> bool:

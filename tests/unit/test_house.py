@@ -30,6 +30,7 @@ ORDER = (
     {"media", "plans", "columns", "tiles"},
     {"layers"},
     {"rope", "cudnn", "vae_stages"},
+    {"hopper"},
     {"attention"},
     {"vae_blocks", "patches", "sequence"},
     {"dit", "vae", "umt5", "clip"},

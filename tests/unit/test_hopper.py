@@ -1,0 +1,176 @@
+"""The attention kernel for Hopper: its algorithm in threads, its program, and when it is taken."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tolerances
+from tests.random_weights import relative_l2
+from tests.unit.fake_mosaic import Mosaic
+from wan_jax import attention as module
+from wan_jax import cudnn, hopper, xla
+from wan_jax.attention import attention, partial_attention, row_tile
+from wan_jax.plans import Plan
+
+H200 = xla.Traced("gpu", "NVIDIA H200")
+
+
+def draw(
+    rows: int, keys: int | None = None, *, b: int = 1, n: int = 1, dtype: jnp.dtype = jnp.bfloat16
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    stream = np.random.RandomState(rows)
+    return tuple(
+        jnp.asarray(stream.standard_normal((b, length, n, hopper.HEAD)), dtype)
+        for length in (rows, keys or rows, keys or rows)
+    )
+
+
+@pytest.fixture
+def mosaic(monkeypatch: pytest.MonkeyPatch) -> Mosaic:
+    fake = Mosaic()
+    for name in ("gpu", "pl", "lax"):
+        monkeypatch.setattr(hopper, name, getattr(fake, name))
+    return fake
+
+
+def exact(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> np.ndarray:
+    wide = (x.astype(jnp.float32) for x in (q, k[:, :count], v[:, :count]))
+    return np.asarray(attention(*wide, implementation="chunked"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "count"),
+    [(128, 128, 128), (128, 128, 1), (128, 128, 127), (256, 256, 129), (128, 384, 384)]
+    + [(128, 384, 300), (128, 640, 513), (128, 768, 768)],
+)
+def test_equals_attention_over_the_real_keys(
+    rows: int, keys: int, count: int, mosaic: Mosaic
+) -> None:
+    """The rows behind them hold numbers that would be seen: large keys, large values."""
+    q, k, v = draw(rows, keys, b=2, n=2)
+    k, v = k.at[:, count:].set(30.0), v.at[:, count:].set(1e4)
+    found = hopper.attend(q, k, v, count)
+    assert found.shape == q.shape and found.dtype == q.dtype
+    assert relative_l2(found, exact(q, k, v, count)) <= tolerances.ATTENTION_BFLOAT16
+    assert mosaic.started == 2 * 2 * rows // hopper.ROWS
+
+
+@pytest.mark.usefixtures("mosaic")
+@pytest.mark.parametrize("shift", [-40.0, 40.0])
+def test_scores_far_from_zero(shift: float) -> None:
+    """Every score is hundreds below zero, or above; the largest are in the last block."""
+    q, k, v = draw(128, 384)
+    q, k = jnp.abs(q), jnp.abs(k) + shift
+    k = k.at[:, 290:].multiply(0.9 if shift < 0 else 1.1)
+    found = hopper.attend(q, k, v, 300)
+    assert relative_l2(found, exact(q, k, v, 300)) <= tolerances.ATTENTION_BFLOAT16
+
+
+def test_half_precision(mosaic: Mosaic) -> None:
+    q, k, v = draw(128, 256, dtype=jnp.float16)
+    found = hopper.attend(q, k, v, 200)
+    assert found.dtype == jnp.float16
+    assert relative_l2(found, exact(q, k, v, 200)) <= tolerances.ATTENTION_BFLOAT16
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [((1, 32768, 12, 128), 32760), ((2, 256, 3, 128), 256), ((1, 128, 1, 128), 5)],
+)
+def test_mosaic_takes_the_program(
+    shape: tuple[int, ...], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as a machine without a GPU can tell: it is lowered for one."""
+    monkeypatch.setattr(xla, "traced_for", lambda: H200)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    run = functools.partial(attention, count=count, implementation="hopper")
+    text = jax.jit(run).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text and "fmhaSoftmax" not in text
+
+
+def test_its_axes_are_no_axes_of_the_mesh() -> None:
+    """Or a program's index along "batch" would be a device's."""
+    mesh = Plan().layout().mesh
+    assert not set(mesh.axis_names) & {*hopper._GRID, hopper._GROUP}
+
+
+def picked(
+    monkeypatch: pytest.MonkeyPatch, kind: str, shape: tuple[int, ...], dtype: jnp.dtype
+) -> str:
+    monkeypatch.setattr(xla, "traced_for", lambda: xla.Traced("gpu", kind))
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    return module._pick(x, x, module.IMPLEMENTATIONS, in_fp8=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype", "wanted"),
+    [
+        ("NVIDIA H200", (1, 32768, 12, 128), jnp.bfloat16, "hopper"),
+        ("NVIDIA H100 80GB HBM3", (1, 75648, 40, 128), jnp.bfloat16, "hopper"),
+        ("NVIDIA H200", (1, 32768, 12, 128), jnp.float16, "hopper"),
+        ("NVIDIA H200", (1, 32768, 12, 128), jnp.float32, "chunked"),
+        ("NVIDIA H200", (1, 32760, 12, 128), jnp.bfloat16, "cudnn"),
+        ("NVIDIA H200", (1, 4096, 12, 128), jnp.bfloat16, "cudnn"),
+        ("NVIDIA H200", (1, 32768, 12, 64), jnp.bfloat16, "cudnn"),
+        ("NVIDIA A100-SXM4-80GB", (1, 32768, 12, 128), jnp.bfloat16, "cudnn"),
+        ("NVIDIA B200", (1, 32768, 12, 128), jnp.bfloat16, "cudnn"),
+    ],
+)
+def test_when_it_is_taken(
+    kind: str,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    wanted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert picked(monkeypatch, kind, shape, dtype) == wanted
+
+
+@pytest.mark.parametrize("tokens", [32_760, 75_600])
+def test_videos_get_rows_that_fit_it(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla, "traced_for", lambda: H200)
+    assert row_tile(tokens, jnp.bfloat16) % hopper.ROWS == 0
+
+
+def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = draw(128)
+    with pytest.raises(ValueError, match="'hopper' has bfloat16 of .* on cpu; 16 bits, multiples"):
+        attention(q, k, v, implementation="hopper")
+    monkeypatch.setattr(xla, "traced_for", lambda: H200)
+    for operands in (draw(130), [x.astype(jnp.float32) for x in (q, k, v)]):
+        with pytest.raises(ValueError, match="multiples of 128 rows and heads of 128 on an H100"):
+            attention(*operands, implementation="hopper")
+    with pytest.raises(ValueError, match="'hopper'; one of"):
+        partial_attention(q, k, v, implementation="hopper")
+
+
+@pytest.mark.parametrize("count", [128, 100])
+def test_its_gradient_is_cudnns(
+    count: int, mosaic: Mosaic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward pass too, for the gradient needs its weights."""
+    q, k, v = draw(128)
+    taken = []
+
+    def stand_in(name: str) -> None:
+        def run(q: jax.Array, k: jax.Array, v: jax.Array, *rest: int) -> jax.Array:
+            taken.append(name)
+            real = rest[0] if rest else k.shape[1]
+            return attention(q, k[:, :real], v[:, :real], implementation="chunked")
+
+        monkeypatch.setattr(cudnn, name, run)
+
+    stand_in("attend")
+    stand_in("attend_rows")
+    wanted, back = jax.vjp(
+        lambda *x: attention(x[0], x[1][:, :count], x[2][:, :count], implementation="chunked"),
+        q, k, v,
+    )  # fmt: skip
+    found, own = jax.vjp(lambda *x: hopper.attend(*x, count), q, k, v)
+    assert taken == ["attend" if count == 128 else "attend_rows"] and mosaic.started == 0
+    np.testing.assert_array_equal(found, wanted)
+    for one, other in zip(own(wanted), back(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
