@@ -288,7 +288,8 @@ def _fp8(q: Array, k: Array, v: Array, run: Callable[[fp8.Operands], Array]) -> 
 
 def _fp8_chunks(operands: fp8.Operands) -> Array:
     """What fp8.cudnn_attention() gives, rounded where it rounds, by products of float32."""
-    q, k, v = (x.widened(jnp.float32) for x in operands[:3])
+    # XLA on a GPU takes what is rounded and widened again for what it was before.
+    q, k, v = (x.widened(jnp.float32) for x in lax.optimization_barrier(operands[:3]))
     out, _ = _chunked(q, k, v, rounded=fp8.attention_weights)
     return fp8.saturated(out / operands.v.scale)
 

@@ -138,7 +138,8 @@ def _padded(x: Scaled) -> Scaled:
 
 def attention_weights(weights: Array) -> Array:
     """Weights 0..1 of a softmax as the kernel rounds them, in their dtype."""
-    return (weights * _WEIGHT_SCALE).astype(E4M3).astype(weights.dtype) * (1.0 / _WEIGHT_SCALE)
+    narrow = lax.optimization_barrier((weights * _WEIGHT_SCALE).astype(E4M3))
+    return narrow.astype(weights.dtype) * (1.0 / _WEIGHT_SCALE)
 
 
 def saturated(x: Array) -> Array:
