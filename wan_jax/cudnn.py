@@ -14,6 +14,9 @@ from jax import lax
 from wan_jax.layers import pad
 
 Array = jax.Array
+# A query's weight, the logarithm of the sum of its keys' exponentials, below which exp(-weight) and
+# what is multiplied with it may leave the range of 16 bits.
+_FAR = -60.0
 
 
 def attend(q: Array, k: Array, v: Array) -> Array:
@@ -95,14 +98,20 @@ def _rows_forward(q: Array, k: Array, v: Array, count: int) -> tuple[Array, Any]
 def _rows_backward(count: int, kept: Any, out_cotangent: Array) -> tuple[Array, Array, Array]:
     """The kernel's gradient, given the result and the weight of the real keys.
 
-    So what it says of them is right. A row to spare, whose value is zero, has as the gradient of
-    its score minus its share times <out, cotangent>; what that gave the queries is taken off again.
+    So what it says of them is right. A row to spare is a key of zeros, which gives the queries
+    nothing whatever its share is reckoned to be, exp(-weight). Where that were no number, all
+    scores of a query being far below zero, the rows of its head stay copies of the last key: then
+    the gradient of a spare score is minus its share times <out, cotangent>, and what that gave the
+    queries is taken off again, but for the kernel's rounding of it.
     """
     q, k, v, out, weight = kept
-    dq, dk, dv = _backward_kernel(q, k, v, out, weight, out_cotangent)
+    far = jnp.min(weight, axis=1, keepdims=True) < _FAR
+    k_spare = jnp.where(far[..., None], k[:, count:], 0)
+    back = _backward_kernel(q, k.at[:, count:].set(k_spare), v, out, weight, out_cotangent)
+    dq, dk, dv = back
     spare, float32 = k.shape[1] - count, jnp.float32
     along = jnp.sum(out.astype(float32) * out_cotangent.astype(float32), axis=-1)
-    added = along * _share(q, k, weight) * (spare * _scale(q))
+    added = jnp.where(far, along * _share(q, k, weight) * (spare * _scale(q)), 0)
     dq = (dq.astype(float32) + added[..., None] * k[:, -1:].astype(float32)).astype(q.dtype)
     return dq, dk.at[:, count:].set(0), dv.at[:, count:].set(0)
 

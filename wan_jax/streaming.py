@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wan_jax import spread, vae, vae_tiles, xla
+from wan_jax import spread, tile_programs, vae, vae_tiles, xla
 from wan_jax.columns import SPLIT, columns_on
 from wan_jax.config import VAEConfig
 from wan_jax.sampler import DivergedError
@@ -80,16 +80,19 @@ def decode(
     Raises DivergedError for frames that hold NaN.
     """
     count = latents.shape[1]
+    if count == 0:
+        raise ValueError(f"latents of shape {latents.shape} have no frame to decode")
     chunk = decode_chunk(count) if chunk is None else chunk
     # One image is rounded, as the reference saves it; a video is truncated, as it writes those.
     rounding = 0.5 if count == 1 else 0.0
     options: dict[str, Any] = {"pixels": pixels, "chunk": chunk, "rounding": rounding}
     found: Iterator[tuple[Any, Any, int]]
     if tiles > 1:
-        of_width = vae_tiles.decoder_tiles(network.config, latents.shape[3], tiles)
-        run = vae_tiles.Run(of_width, dtype, _one_device(layout, tiles))
+        of_width = tile_programs.decoder_tiles(network.config, latents.shape[3], tiles)
+        run = tile_programs.Run(of_width, dtype, _one_device(layout, tiles))
         where = _where(layout)
-        found = vae_tiles.decode(network, np.asarray(latents), run=run, where=where, **options)
+        # A copy: the caller may write into its own array while frames come.
+        found = vae_tiles.decode(network, np.array(latents), run=run, where=where, **options)
     else:
         found = _decoded(network, place(latents, layout), dtype=dtype, layout=layout, **options)
     yield from itertools.starmap(_fetch, found)
@@ -124,8 +127,8 @@ def _encoded_in_tiles(
     chunks = iter(chunks)
     first = next(chunks)
     width = first.shape[3] // network.config.spatial_stride
-    of_width = vae_tiles.encoder_tiles(network.config, width, tiles)
-    run = vae_tiles.Run(of_width, dtype, _one_device(layout, tiles))
+    of_width = tile_programs.encoder_tiles(network.config, width, tiles)
+    run = tile_programs.Run(of_width, dtype, _one_device(layout, tiles))
     given = itertools.chain([first], chunks)
     return vae_tiles.encode(network, given, run=run, where=_where(layout))
 
@@ -257,7 +260,7 @@ def decode_program(first: bool, pixels: str, dtype: str, layout: Layout | None) 
         if columns is not None:
             frames = columns.real(frames)
         finite = jnp.all(jnp.isfinite(frames))
-        frames = vae_tiles.levels(frames, pixels, rounding)
+        frames = tile_programs.levels(frames, pixels, rounding)
         if columns is not None:  # as bytes, a quarter of what floats would be
             frames, finite = columns.join(frames), columns.every(finite)
         return frames, finite, state

@@ -313,24 +313,35 @@ def test_rows_to_spare_are_not_attended_to(
         )
 
 
-def _gradient_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """In float32, what cuDNN's two kernels compute; the backward one believes what it is given."""
+def _gradient_kernels(
+    monkeypatch: pytest.MonkeyPatch, dtype: jnp.dtype = jnp.float32
+) -> list[tuple[int, int]]:
+    """What cuDNN's two kernels compute; the backward one believes what it is given.
+
+    dtype: what it rounds shares and slopes to before it multiplies them, and the results.
+    """
     given: list[tuple[int, int]] = []
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return x.astype(dtype).astype(jnp.float32)
 
     def backward(
         q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, weight: jax.Array, back: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         given.append((q.shape[1], k.shape[1]))
-        scale = 1.0 / np.sqrt(q.shape[-1])
+        like, scale = q.dtype, 1.0 / np.sqrt(q.shape[-1])
+        q, k, v, out, back = (x.astype(jnp.float32) for x in (q, k, v, out, back))
         scores = jnp.einsum("bsnk,btnk->bnst", q, k) * scale
         shares = jnp.exp(scores - weight.swapaxes(1, 2)[..., None])
         along = jnp.sum(out * back, axis=-1).swapaxes(1, 2)[..., None]
         slopes = shares * (jnp.einsum("bsnk,btnk->bnst", back, v) - along) * scale
+        slopes, shares = rounded(slopes), rounded(shares)
         dq, dk = (
             jnp.einsum("bnst,btnk->bsnk", slopes, k),
             jnp.einsum("bnst,bsnk->btnk", slopes, q),
         )
-        return dq, dk, jnp.einsum("bnst,bsnk->btnk", shares, back)
+        dv = jnp.einsum("bnst,bsnk->btnk", shares, back)
+        return dq.astype(like), dk.astype(like), dv.astype(like)
 
     monkeypatch.setattr(cudnn, "_forward_kernel", module._chunked)
     monkeypatch.setattr(cudnn, "_backward_kernel", backward)
@@ -338,26 +349,74 @@ def _gradient_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("rows", "real"), [(40, 33), (40, 39), (64, 40)])
-@pytest.mark.parametrize("to_the_last", [False, True])
+@pytest.mark.parametrize("kind", ["any", "to the last key", "away from all"])
 def test_rows_to_spare_have_no_part_in_a_gradient(
-    rows: int, real: int, to_the_last: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, real: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = _gradient_kernels(monkeypatch)
     q, k, v = draw(rows, rows)
-    if to_the_last:  # so its copies are most of what the kernel attends to
+    if kind == "to the last key":  # so its copies are most of what the kernel attends to
         q = q + k[:, real - 1 : real]
+    elif kind == "away from all":  # exp(-weight) is no float32; of the last head alone
+        far = jnp.arange(q.shape[2])[:, None] == q.shape[2] - 1
+        q, k = (jnp.where(far, 0.1 * x + sign, x) for x, sign in ((q, 5.0), (k, -5.0)))
     cotangent = jax.random.normal(jax.random.key(5), q.shape)
 
     def cut(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return module._chunked(q, k[:, :real], v[:, :real])[0]
 
+    # Keys that have a large part in common are taken from each other.
+    bound = (100 if kind == "away from all" else 10) * BOUNDS[jnp.float32]
     wanted_out, wanted = jax.vjp(cut, q, k, v)
     out, found = jax.vjp(lambda *qkv: cudnn.attend_rows(*qkv, real), q, k, v)
-    assert relative_l2(out, wanted_out) <= 10 * BOUNDS[jnp.float32]
+    assert relative_l2(out, wanted_out) <= bound
     for one, other in zip(found(cotangent), wanted(cotangent)):
-        assert relative_l2(one, other) <= 10 * BOUNDS[jnp.float32]
+        assert relative_l2(one, other) <= bound
     assert given == [(rows, rows)]
     assert all(not np.any(gradient[:, real:]) for gradient in found(cotangent)[1:])
+
+
+@pytest.mark.parametrize(("rows", "real"), [(256, 248), (256, 208)])
+def test_a_gradient_in_16_bits_is_as_near_as_without_rows_to_spare(
+    rows: int, real: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last key has most of the weight, and with it all its copies."""
+    _gradient_kernels(monkeypatch, jnp.bfloat16)
+    q, k, v = draw(rows, rows)
+    q = (q + 1.2 * k[:, real - 1 : real]).astype(jnp.bfloat16)
+    k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
+    cotangent = jax.random.normal(jax.random.key(5), q.shape).astype(jnp.bfloat16)
+
+    def cut(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return module._chunked(q, k[:, :real], v[:, :real])
+
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    _, wanted = jax.vjp(lambda *qkv: cut(*qkv)[0], *wide)
+    out, weight = cut(q, k, v)
+    plain = cudnn._backward_kernel(q, k[:, :real], v[:, :real], out, weight, cotangent)
+    _, found = jax.vjp(lambda *qkv: cudnn.attend_rows(*qkv, real), q, k, v)
+    truths = wanted(cotangent.astype(jnp.float32))
+    for one, other, truth in zip(found(cotangent), plain, truths, strict=True):
+        own, error = (relative_l2(x[:, :real], truth[:, :real]) for x in (other, one))
+        assert error <= 1.5 * own and own <= 2 * tolerances.ATTENTION_BFLOAT16
+
+
+def test_the_kernels_are_called_as_jax_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lowered for a GPU: the forward kernel that gives its weight, and the backward one."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(xla, "traced_for", lambda: xla.Traced("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
+    x = jax.ShapeDtypeStruct((2, 256, 3, 128), jnp.bfloat16)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, count=200).astype(jnp.float32).sum()
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x)
+    text = run.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__cudnn$fmhaSoftmax(") == 1
+    assert text.count("custom_call @__cudnn$fmhaSoftmaxBackward(") == 1
+    assert all(out.shape == x.shape and out.dtype == x.dtype for out in run.out_avals)
 
 
 def test_odd_rows_to_spare_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

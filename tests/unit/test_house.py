@@ -35,6 +35,7 @@ ORDER = (
     {"vae_blocks", "patches", "sequence"},
     {"dit", "vae", "umt5", "clip"},
     {"spread"},
+    {"tile_programs"},
     {"vae_tiles"},
     {"sampler"},
     {

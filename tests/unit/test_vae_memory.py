@@ -16,7 +16,7 @@ from tests.random_weights import relative_l2
 from tests.unit import test_cli
 from tests.unit.test_cli import script
 from tests.unit.test_estimate import LARGE, case_of
-from wan_jax import streaming, vae, vae_tiles
+from wan_jax import streaming, tile_programs, vae
 from wan_jax.config import I2V_14B, T2V_14B, VAEConfig
 from wan_jax.planning import budget, targets, vae_memory
 from wan_jax.planning.estimate import estimate
@@ -118,14 +118,14 @@ def test_a_tile_takes_what_the_formula_gives(tiling: Tiling) -> None:
     """Of the released decoder as it compiles for the CPU."""
     config, shape = VAEConfig(), jax.ShapeDtypeStruct
     _, h, w, z = DECODING.latent_shape
-    run = vae_tiles.Run(DECODING.tiles(tiling), "bfloat16", None)
+    run = tile_programs.Run(DECODING.tiles(tiling), "bfloat16", None)
     network = abstract_part(config, jnp.dtype("bfloat16"))
     size = {"height": h, "tiles": run.tiles}
-    fine = jax.eval_shape(functools.partial(vae_tiles.decoder_fine, network, 1, **size))
+    fine = jax.eval_shape(functools.partial(tile_programs.decoder_fine, network, 1, **size))
     piece = (1, tiling.chunk, h, run.tiles.windows[0], z)
     window = shape(features_shape(config, piece, first=False), jnp.float32)
     offsets = tuple(shape((), jnp.int32) for _ in run.tiles.windows)
-    program = vae_tiles.decode_fine_program(False, "uint8", run).on(jax.devices()[0])
+    program = tile_programs.decode_fine_program(False, "uint8", run).on(jax.devices()[0])
     lowered = program.lower(network, window, offsets, fine, shape((), jnp.float32))
     memory = lowered.compile().memory_analysis()
     # The network's arguments are those that a tile reads, and small.
@@ -133,6 +133,23 @@ def test_a_tile_takes_what_the_formula_gives(tiling: Tiling) -> None:
     coarse = sum(leaf.size * 4 for leaf in jax.tree.leaves(decoder_parts(whole)[0]))
     made = 2 * window.size * 4 + memory.output_size_in_bytes - memory.alias_size_in_bytes
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + coarse + made
+    assert used == pytest.approx(DECODING.working_bytes(tiling), rel=tolerances.VAE_MEMORY)
+
+
+def test_what_is_whole_takes_what_the_formula_gives() -> None:
+    """In as many tiles as leave it more than a tile takes."""
+    config, shape, tiling = VAEConfig(), jax.ShapeDtypeStruct, Tiling(32, 1)
+    _, h, w, z = DECODING.latent_shape
+    run = tile_programs.Run(DECODING.tiles(tiling), "bfloat16", None)
+    network = abstract_part(config, jnp.dtype("bfloat16"))
+    whole = jax.eval_shape(lambda: vae.decoder_state(config, 1, height=h, width=w))
+    coarse = decoder_parts(whole)[0]
+    program = tile_programs.decode_coarse_program(False, run).on(jax.devices()[0])
+    lowered = program.lower(network, shape((1, 1, h, w, z), jnp.float32), coarse)
+    memory = lowered.compile().memory_analysis()
+    windows = sum(leaf.size * 4 for leaf in lowered.out_info[0])
+    kept = sum(leaf.size * 4 for leaf in jax.tree.leaves(coarse))
+    used = kept + memory.temp_size_in_bytes + 2 * windows  # those of the chunk before are crossing
     assert used == pytest.approx(DECODING.working_bytes(tiling), rel=tolerances.VAE_MEMORY)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 
 from tests import tolerances
 from tests.random_weights import random_array, relative_l2
-from wan_jax import streaming, vae, vae_tiles
+from wan_jax import streaming, tile_programs, vae, vae_tiles
 from wan_jax.config import VAEConfig
 from wan_jax.plans import Plan
 from wan_jax.tiles import Tiles
@@ -112,14 +113,20 @@ def test_bfloat16_weights_run_in_tiles_and_whole() -> None:
         assert relative_l2(encode(half, **options), whole(TINY)[0]) <= tolerances.VAE_BFLOAT16
 
 
-def blocks_of(monkeypatch: pytest.MonkeyPatch, *, chunks: int) -> list[vae_tiles.Fine]:
-    """Let a block have so many chunks; the states that go to the host from now on."""
+def blocks_of(
+    monkeypatch: pytest.MonkeyPatch, *, chunks: int, windows: list[tuple] | None = None
+) -> list[vae_tiles.Fine]:
+    """Let a block have so many chunks; the states that go to the host from now on.
+
+    windows: gets the windows of features that go there.
+    """
     kept: list[vae_tiles.Fine] = []
+    others = [] if windows is None else windows
     to_host = vae_tiles._to_host
 
     def noted(tree: vae_tiles.Fine | tuple) -> vae_tiles.Fine | tuple:
         found = to_host(tree)
-        kept.extend([found] if isinstance(found, vae_tiles.Fine) else [])
+        (kept if isinstance(found, vae_tiles.Fine) else others).append(found)
         return found
 
     def blocks(items: Iterable, size: Callable) -> Iterator[tuple[list, bool]]:
@@ -137,14 +144,17 @@ def test_between_blocks_the_states_wait_on_the_host(
 ) -> None:
     if not pinned:
         monkeypatch.setattr(vae_tiles, "_HOST", "none")
-    kept = blocks_of(monkeypatch, chunks=2)  # of 3 chunks to decode, 5 to encode
+    windows: list[tuple] = []
+    # Of 3 chunks to decode, 5 to encode.
+    kept = blocks_of(monkeypatch, chunks=2, windows=windows)
     frames = decode(network(TINY), tiles=3, chunk=2)
     assert relative_l2(frames, whole(TINY)[1]) <= tolerances.VAE_TILES
     assert len(kept) == 3  # of one block; nobody needs those after the last
     found = encode(network(TINY), tiles=2)
     assert relative_l2(found, whole(TINY)[0]) <= tolerances.VAE_TILES
     assert len(kept) == 3 + 2 * 2
-    for leaf in jax.tree.leaves(kept):
+    assert [len(found) for found in windows] == [3] * 3
+    for leaf in jax.tree.leaves((kept, windows)):
         assert isinstance(leaf, np.ndarray) or (pinned and is_pinned(leaf))
 
 
@@ -159,6 +169,55 @@ def test_a_video_of_one_block_keeps_its_states_on_the_device(
     decode(network(TINY), tiles=3, chunk=1)
     encode(network(TINY), tiles=3)
     assert not kept
+
+
+def test_of_latents_on_the_host_a_chunk_is_on_the_device() -> None:
+    """And what the caller writes into them while frames come is not seen."""
+    given = np.asarray(latents(TINY)) + 0.0
+    own = {"pixels": "float32", "dtype": "float32", "tiles": 2, "chunk": 1}
+    found = []
+    for frames, _ in streaming.decode(network(TINY), given, **own):
+        assert not any(a.shape == given.shape for a in jax.live_arrays())
+        given[:] = np.nan
+        found.append(frames)
+    assert relative_l2(np.concatenate(found, 1), whole(TINY)[1]) <= tolerances.VAE_TILES
+
+
+def test_what_a_block_was_given_is_gone_when_the_next_one_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    windows: list[tuple] = []
+    blocks_of(monkeypatch, chunks=1, windows=windows)
+    alive = []
+
+    def references() -> Iterator[jax.Array]:
+        for reference in kept:
+            array = reference()
+            if array is not None:
+                yield array
+
+    kept: list[weakref.ref] = []
+    made = vae_tiles._windows
+
+    def noted(*arguments: object, **options: object) -> tuple:
+        alive.append(len(list(references())))
+        found, state = made(*arguments, **options)
+        windows.clear()
+        kept.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(found))
+        return found, state
+
+    monkeypatch.setattr(vae_tiles, "_windows", noted)
+    decode(network(TINY), tiles=2, chunk=1)
+    assert alive == [0] * LATENTS
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_no_frame_is_refused(tiles: int) -> None:
+    run = streaming.decode(
+        network(TINY), latents(TINY)[:, :0], pixels="uint8", dtype="float32", tiles=tiles
+    )
+    with pytest.raises(ValueError, match="have no frame to decode"):
+        list(run)
 
 
 def test_a_block_is_as_long_as_the_host_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +330,9 @@ def test_columns_that_were_seen_may_not_be_cut(
 ) -> None:
     """With nothing beside its own columns from there on, a tile gives others."""
     name = f"{kind}r_reaches"
-    reaches = list(getattr(vae_tiles, name)(RELEASED))
+    reaches = list(getattr(tile_programs, name)(RELEASED))
     expected = whole(RELEASED)[0 if kind == "encode" else 1]
     reaches[i:] = [0] * len(reaches[i:])
-    monkeypatch.setattr(vae_tiles, name, lambda config: tuple(reaches))
+    monkeypatch.setattr(tile_programs, name, lambda config: tuple(reaches))
     run = {"encode": encode, "decode": functools.partial(decode, chunk=2)}[kind]
     assert relative_l2(run(network(RELEASED), tiles=3), expected) > 10 * tolerances.VAE_TILES

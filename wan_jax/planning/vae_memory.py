@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wan_jax import vae, vae_tiles
+from wan_jax import tile_programs, vae
 from wan_jax.columns import Columns
 from wan_jax.config import VAEConfig
 from wan_jax.streaming import decode_chunk
@@ -31,6 +31,9 @@ Kind = Literal["encode", "decode"]
 # Arrays as large as a chunk of frames at the finest scale that the VAE has at once, its state
 # apart: a convolution's input behind its past, the result, the block's input, and what norms make.
 _ARRAYS = 5
+# The same of what the decoder makes whole at the latents' resolution, before it runs in tiles: as
+# large as its features, by the CPU's compiler at 720P.
+_COARSE_ARRAYS = 8
 _F32 = 4  # bytes
 # Of the released decoder at 720P what the CPU's compiler needs is 1 to 10 % more than the formula;
 # what XLA needs on an H200 is 17 to 28 % less, without what cuDNN's convolutions work in.
@@ -80,7 +83,7 @@ class Coding(NamedTuple):
 
     def tiles(self, tiling: Tiling) -> Tiles:
         """The tiles of the width."""
-        make = vae_tiles.encoder_tiles if self.kind == "encode" else vae_tiles.decoder_tiles
+        make = tile_programs.encoder_tiles if self.kind == "encode" else tile_programs.decoder_tiles
         return make(self.config, self.latent_shape[2], tiling.tiles)
 
     def working_bytes(self, tiling: Tiling) -> int:
@@ -105,22 +108,23 @@ class Coding(NamedTuple):
         own["network"] = abstract_part(config, dtype, dtype)
         if self.kind == "encode":
             coarse, _ = encoder_parts(self._state(w))
-            fine = jax.eval_shape(functools.partial(vae_tiles.encoder_fine, batch=1, **own))
+            fine = jax.eval_shape(functools.partial(tile_programs.encoder_fine, batch=1, **own))
             features = tiling.chunk * h * w * encoder_stages(config)[-1].d_in * self._itemsize
-            given, windows = self._frame_bytes(tiling, tiles.windows[0]), 0
+            given = self._frame_bytes(tiling, tiles.windows[0])
+            whole = _ARRAYS * features
         else:
             coarse, _ = decoder_parts(self._state(w))
-            fine = jax.eval_shape(functools.partial(vae_tiles.decoder_fine, batch=1, **own))
+            fine = jax.eval_shape(functools.partial(tile_programs.decoder_fine, batch=1, **own))
             piece, first = (1, tiling.chunk, *self.latent_shape[1:]), self.latent_shape[0] == 1
             features = math.prod(features_shape(config, piece, first=first)) * self._itemsize
             window = features * tiles.windows[0] // w
             # Of frames, and of all windows, one chunk is on its way to the host while the next is
             # made.
             given = window + self._frame_bytes(tiling, tiles.share)
-            windows = 2 * window * len(tiles.places())
+            whole = _COARSE_ARRAYS * features + 2 * window * len(tiles.places())
         arrays = max(self._inputs(tiling, tiles.windows))
         tile = _bytes(fine) + _ARRAYS * arrays + 2 * given
-        return _bytes(coarse) + max(tile, _ARRAYS * features + windows)
+        return _bytes(coarse) + max(tile, whole)
 
     def _inputs(self, tiling: Tiling, windows: Sequence[int]) -> Iterator[int]:
         """Bytes of a convolution's input in each finer stage, where windows are so wide."""
