@@ -19,6 +19,7 @@ from wan_jax import loading, sampler
 from wan_jax.config import NANO_T2V
 from wan_jax.noise import MAX_SEED, initial_noise
 from wan_jax.pipeline import Progress
+from wan_jax.plans import Plan
 from wan_jax.request import make_request
 from wan_jax.sampler import DivergedError
 from wan_jax.schedulers import make_schedule
@@ -101,6 +102,17 @@ def test_a_seed_gives_the_same_video_and_another_another(wan: Wan) -> None:
     assert relative_l2(_latents(wan, PROMPTS[1]), first) > tolerances.PIPELINE_MATTERS
     random = [_latents(wan, seed=None) for _ in range(2)]
     assert relative_l2(*random) > tolerances.PIPELINE_MATTERS
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan(guidance=2), Plan(ring=2, ulysses=2), Plan(batch=2)], ids=str
+)
+def test_noise_is_the_same_whatever_the_devices(
+    plan: Plan, tiny_source: Path, tiny_cache: Path, wan: Wan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = wan_jax.load(tiny_source, dtype="float32", cache_dir=tiny_cache, plan=plan)
+    found, wanted = (_start(own, monkeypatch, num_videos=2) for own in (spread, wan))
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_noise_takes_the_place_of_the_seed(wan: Wan) -> None:

@@ -171,8 +171,9 @@ def test_a_video_of_one_block_keeps_its_states_on_the_device(
     assert not kept
 
 
-def test_of_latents_on_the_host_a_chunk_is_on_the_device() -> None:
+def test_of_latents_on_the_host_a_chunk_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what the caller writes into them while frames come is not seen."""
+    blocks_of(monkeypatch, chunks=1)
     given = np.asarray(latents(TINY)) + 0.0
     own = {"pixels": "float32", "dtype": "float32", "tiles": 2, "chunk": 1}
     found = []
