@@ -67,9 +67,9 @@ def attention(
     pay. implementation: None picks, for 16 bits on NVIDIA, our own kernel for Hopper ("hopper") at
     the lengths of videos that fit it, and cuDNN's at others; on TPU the Pallas flash kernel
     ("splash") for bfloat16; and the memory-bounded "chunked" form for all else. A named one runs or
-    raises: ValueError for an unknown name or operands it does not take. in_fp8: where none
-    is named, both products multiply 8 bits: "cudnn_fp8" on NVIDIA, as far as the heads' width fits
-    it, and "chunked_fp8", which rounds as it does, elsewhere.
+    raises: ValueError for an unknown name or operands it does not take. in_fp8: where none is
+    named, both products multiply 8 bits: "cudnn_fp8" on NVIDIA, as far as the heads' width fits it,
+    and "chunked_fp8", which rounds as it does, elsewhere.
     """
     name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation, in_fp8=in_fp8)
     if name == "hopper":

@@ -107,8 +107,8 @@ def _rows_backward(count: int, kept: Any, out_cotangent: Array) -> tuple[Array, 
     q, k, v, out, weight = kept
     far = jnp.min(weight, axis=1, keepdims=True) < _FAR
     k_spare = jnp.where(far[..., None], k[:, count:], 0)
-    back = _backward_kernel(q, k.at[:, count:].set(k_spare), v, out, weight, out_cotangent)
-    dq, dk, dv = back
+    k_given = k.at[:, count:].set(k_spare)
+    dq, dk, dv = _backward_kernel(q, k_given, v, out, weight, out_cotangent)
     spare, float32 = k.shape[1] - count, jnp.float32
     along = jnp.sum(out.astype(float32) * out_cotangent.astype(float32), axis=-1)
     added = jnp.where(far, along * _share(q, k, weight) * (spare * _scale(q)), 0)

@@ -77,7 +77,7 @@ def decode(
     chunk: latent frames at a time after the first, a number that divides those; None is
     decode_chunk()'s. A chunk crosses to the host while the next is computed;
     those of tiles come together, and before them some without frames that tell what is done.
-    Raises DivergedError for frames that hold NaN.
+    Raises DivergedError for frames that hold NaN, ValueError for latents of no frame.
     """
     count = latents.shape[1]
     if count == 0:

@@ -53,21 +53,22 @@ class Tiles(NamedTuple):
 
     def places(self) -> list[Place]:
         """Where the tiles are, from the left."""
-        found = []
-        for start in range(0, self.width, self.share):
-            own = min(start, self.width - self.share)
-            starts = [
-                min(max(0, own - reach), self.width - window)
-                for reach, window in zip(self.reaches, self.windows, strict=True)
-            ]
-            offsets = np.diff([*starts, own]).astype(np.int32)
-            found.append(Place(starts[0], own, tuple(offsets)))
-        return found
+        return [self.place(number) for number in range(-(-self.width // self.share))]
+
+    def place(self, number: int) -> Place:
+        """Where a tile is, counted from the left."""
+        own = min(number * self.share, self.width - self.share)
+        starts = [
+            min(max(0, own - reach), self.width - window)
+            for reach, window in zip(self.reaches, self.windows, strict=True)
+        ]
+        offsets = np.diff([*starts, own]).astype(np.int32)
+        return Place(starts[0], own, tuple(offsets))
 
     def window(self, whole: Any, number: int) -> Any:
         """The first window of a tile, of an array of any resolution on the device or the host."""
         scale = whole.shape[AXIS] // self.width
-        start = self.places()[number].start * scale
+        start = self.place(number).start * scale
         return whole[:, :, :, start : start + self.windows[0] * scale]
 
     def narrow(self, x: Array, i: int, offsets: tuple[Array, ...]) -> Array:
