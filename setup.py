@@ -57,6 +57,7 @@ setup(
             "peft==0.21.2",  # with which diffusers loads LoRAs
             "transformers==5.23.0",
             "gcsfs==2026.10.1",
+            "tensorboardX==2.6.5",
             'libtpu==0.0.52; sys_platform == "linux"',
         ],
     },

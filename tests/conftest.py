@@ -4,6 +4,8 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -28,6 +30,23 @@ from wan_jax import xla
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# Linux lets a process map so much memory, and ends many that ask for more.
+_MAPPINGS = Path("/proc/sys/vm/max_map_count")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs() -> Iterator[None]:
+    """Compiled programs, each of which maps memory, are dropped before they are too many.
+
+    After three thousand tests they were, and a worker was killed.
+    """
+    yield
+    if _MAPPINGS.exists():
+        count = len(Path("/proc/self/maps").read_bytes().splitlines())
+        if count > int(_MAPPINGS.read_text()) / 4:
+            jax.clear_caches()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 import wan_jax
 from tests import tolerances
-from wan_jax import shipped
+from wan_jax import conditioning, shipped, streaming
 from wan_jax.config import KINDS
 from wan_jax.pipeline import Wan
 from wan_jax.training.miniature import captions, evaluate, judge, pack
@@ -39,6 +39,19 @@ def test_videos_show_what_captions_say(wan: Wan) -> None:
         assert all(seen[claim] for claim in ("count", "colour", "background")), (text, seen)
         wrong += [] if all(seen.values()) else [(text, seen)]
     assert len(wrong) <= 1, wrong
+
+
+def test_the_vae_draws_clips_that_it_never_saw(wan: Wan) -> None:
+    """Through the latents and back, as the product encodes and decodes them."""
+    vae = wan.network("vae")
+    for scene in (evaluate.held_out(2, n)[0] for n in (1, 2)):
+        drawn = evaluate.truth(scene)
+        chunks = conditioning.video_chunks(drawn.astype(np.float32) / 127.5 - 1)
+        coded = streaming.encode(vae, chunks, dtype=wan.dtype, what="the clip")
+        latents = np.concatenate(list(coded), axis=1)
+        again = streaming.decode(vae, latents, dtype=wan.dtype, pixels="uint8")
+        frames = np.concatenate([chunk for chunk, _ in again], axis=1)[0]
+        assert evaluate.psnr(frames, drawn) >= tolerances.MINIATURE_VAE, scene
 
 
 def test_bfloat16_shows_what_float32_does(wan: Wan, tmp_path: Path) -> None:
