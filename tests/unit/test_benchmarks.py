@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from wan_jax.training import config
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 Rows = list[dict[str, Any]]
 Load = Callable[[str], ModuleType]
@@ -112,6 +114,19 @@ def test_dit(load: Load) -> None:
 def test_precision(load: Load) -> None:
     row = load("precision").errors("tiny", 2)
     assert 0 < row["as a run"] < 0.01 and row["ratio"] == pytest.approx(1.0, abs=0.2)
+
+
+def test_lora_is_trained_by_the_commands_of_the_docs(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark, typed = load("lora"), []
+    monkeypatch.setattr(subprocess, "run", lambda own, **_: typed.append(own[1:]))
+    assert benchmark.train(tmp_path, tiny=False) == tmp_path / "lora" / "lora.safetensors"
+    told = " ".join((FOLDER.parent / "docs" / "training.md").read_text().split())
+    for own in typed:
+        assert " ".join(own).replace(str(tmp_path), "DIR").replace(f"{FOLDER.parent}/", "") in told
+    benchmark.train(tmp_path, tiny=True)
+    assert config.read(tmp_path / "tiny.py").steps == 2
 
 
 def test_startup_and_memory(load: Load, tmp_path: Path) -> None:
