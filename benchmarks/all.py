@@ -67,7 +67,8 @@ JOBS = {
     "miniature_t2v": Job("miniature.py --kinds t2v", 4),
     "miniature_i2v": Job("miniature.py --kinds i2v", 4),
     "miniature_flf2v": Job("miniature.py --kinds flf2v", 4),
-    "lora": Job("lora.py", 4),
+    "miniature_vae": Job("miniature.py --kinds vae", 2),
+    "lora": Job("lora.py", 6),
     "startup_14B": Job(f"startup.py --model 14B --steps 3 --folder {FOLDER}", 7, model="14B"),
     "memory_1.3B": Job(
         f"memory.py --model 1.3B --folder {FOLDER} --stages all --max_memory none,6GB",

@@ -30,7 +30,7 @@ CASES = {
     "training": "{train}, kept: {remat}",
 }
 COMPARED = {"end_to_end": "denoise"}
-NAMES = (*CASES, "attention", "fp8", "miniature", "precision", "tiles", "umt5", "vae")
+NAMES = (*CASES, "attention", "fp8", "lora", "miniature", "precision", "tiles", "umt5", "vae")
 
 
 def benchmark_of(name: str) -> str:

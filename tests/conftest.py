@@ -32,15 +32,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# Linux lets a process map so much memory, and ends many that ask for more.
+# How many mappings of memory Linux lets a process have. A compiler that gets no more ends it.
 _MAPPINGS = Path("/proc/sys/vm/max_map_count")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_programs() -> Iterator[None]:
-    """Compiled programs, each of which maps memory, are dropped before they are too many.
+    """Compiled programs, each of which has several mappings, are dropped before they are too many.
 
-    After three thousand tests they were, and a worker was killed.
+    After three thousand tests they were. The rest of the limit is for the module that comes next.
     """
     yield
     if _MAPPINGS.exists():

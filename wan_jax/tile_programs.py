@@ -60,7 +60,7 @@ def decode_coarse_program(first: bool, run: Run) -> xla.Program:
             state, _ = decoder_parts(_whole(vae.decoder_state, network, latents))
         raw = vae.raw_latents(network.config, latents)
         features, state = vae.decode_coarse(network, raw, state, how=_how(first, run))
-        numbers = range(len(run.tiles.places()))
+        numbers = range(run.tiles.total)
         return tuple(run.tiles.window(features, number) for number in numbers), state
 
     return spread.program(own, run.layout, donate_argnums=2)

@@ -51,12 +51,19 @@ class Tiles(NamedTuple):
         sides = min(2, self.number - 1)
         return tuple(min(self.width, self.share + sides * reach) for reach in self.reaches)
 
+    @property
+    def total(self) -> int:
+        """How many there are: fewer than `number` where these make columns enough."""
+        return -(-self.width // self.share)
+
     def places(self) -> list[Place]:
         """Where the tiles are, from the left."""
-        return [self.place(number) for number in range(-(-self.width // self.share))]
+        return [self.place(number) for number in range(self.total)]
 
     def place(self, number: int) -> Place:
-        """Where a tile is, counted from the left."""
+        """Where a tile is, counted from the left from 0; ValueError if there are not so many."""
+        if not 0 <= number < self.total:
+            raise ValueError(f"tile {number} is asked for; there are 0 to {self.total - 1}")
         own = min(number * self.share, self.width - self.share)
         starts = [
             min(max(0, own - reach), self.width - window)

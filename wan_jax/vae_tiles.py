@@ -83,7 +83,7 @@ def _put_together(
     """The frames of a block, of what its tiles have made."""
     finite = [True] * len(block)
     begun, ended = block[0][0], block[-1][1]
-    total = len(block) * len(run.tiles.places())
+    total = len(block) * run.tiles.total
     for count, (place, i, (own, is_finite)) in enumerate(made, start=1):
         run.tiles.put(frames[i], np.asarray(own), place)
         finite[i] &= bool(is_finite)
@@ -131,7 +131,7 @@ def _blocks(
 
 def _nothing(run: Run) -> list[Fine | None]:
     """The states of the tiles before the first frame, which are zeros."""
-    return [None] * len(run.tiles.places())
+    return [None] * run.tiles.total
 
 
 def _each(
@@ -236,7 +236,7 @@ def _decoded_bytes(
 ) -> int:
     """Of what waits on the host while a chunk is decoded."""
     b, _, height, _, z = shape
-    piece = (b, span[1] - span[0], height, len(tiles.places()) * tiles.windows[0], z)
+    piece = (b, span[1] - span[0], height, tiles.total * tiles.windows[0], z)
     features = features_shape(network.config, piece, first=span[0] == 0)
     frames = math.prod(_frames_shape(network, shape, span)) * np.dtype(pixels).itemsize
     return math.prod(features) * network.dtype.itemsize + frames

@@ -41,7 +41,7 @@ def test_videos_show_what_captions_say(wan: Wan) -> None:
     assert len(wrong) <= 1, wrong
 
 
-def test_the_vae_draws_clips_that_it_never_saw(wan: Wan) -> None:
+def test_the_vae_draws_held_out_clips(wan: Wan) -> None:
     """Through the latents and back, as the product encodes and decodes them."""
     vae = wan.network("vae")
     for scene in (evaluate.held_out(2, n)[0] for n in (1, 2)):

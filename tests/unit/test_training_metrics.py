@@ -22,13 +22,14 @@ def records(file: Path) -> Iterator[bytes]:
 
 def scalars(out: Path) -> dict[tuple[int, str], float]:
     """What TensorBoard shows: a later file's first step purges those from there on."""
-    found: dict[tuple[int, str], float] = {}
+    shown: list[tuple[tuple[int, str], float]] = []
     for file in sorted((out / "tensorboard").iterdir()):
         for event in map(event_pb2.Event.FromString, records(file)):
             if event.HasField("session_log") and event.session_log.status == 1:  # START
-                found = {key: value for key, value in found.items() if key[0] < event.step}
-            for value in event.summary.value:
-                found[event.step, value.tag] = value.simple_value
+                shown = [(key, value) for key, value in shown if key[0] < event.step]
+            shown += [((event.step, v.tag), v.simple_value) for v in event.summary.value]
+    found = dict(shown)
+    assert len(found) == len(shown), "a step is shown twice"
     return found
 
 
@@ -52,7 +53,7 @@ def test_events_are_the_lines(tmp_path: Path) -> None:
 
 def test_steps_made_again_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, range(1, 6))
-    # Files are named by the second; the later run is a later one's.
+    # The second in which a file was begun is in its name, and orders them.
     now = time.time()
     monkeypatch.setattr("time.time", lambda: now + 60)
     write(tmp_path, range(4, 5), done=3)

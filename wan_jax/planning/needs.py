@@ -146,7 +146,7 @@ def _of_vae(case: Case, setup: Setup, cost: vae_costs.Cost, coding: Coding, *, v
     tiling = case.room.best(coding)
     tiles = coding.tiles(tiling)
     # Every finer stage costs about as much, and what is coarse, which tiles leave alone, little.
-    again = len(tiles.places()) * statistics.mean(tiles.windows) / tiles.width
+    again = tiles.total * statistics.mean(tiles.windows) / tiles.width
     flops, sent = cost.flops.times(videos * again), cost.sent * videos
     found = Memory(setup.resident("vae"), coding.working_bytes(tiling))
     return Need(found, flops, sent, _seconds(case, flops, 0, sent))

@@ -121,7 +121,7 @@ class Coding(NamedTuple):
             # Of frames, and of all windows, one chunk is on its way to the host while the next is
             # made.
             given = window + self._frame_bytes(tiling, tiles.share)
-            whole = _COARSE_ARRAYS * features + 2 * window * len(tiles.places())
+            whole = _COARSE_ARRAYS * features + 2 * window * tiles.total
         arrays = max(self._inputs(tiling, tiles.windows))
         tile = _bytes(fine) + _ARRAYS * arrays + 2 * given
         return _bytes(coarse) + max(tile, whole)

@@ -40,9 +40,9 @@ def scores(wan: Wan, *, clips: int, pairs: int, notify: Notify = lambda _: None)
     kind = KINDS[wan.config.images]
     if wan.config.images:
         return _of_images(wan, held_out(clips, 1), notify)
-    found = {"clips": clips, **shares(wan, held_out(clips, 1), notify)}
+    found = {"clips": clips, **judged(wan, held_out(clips, 1), notify)}
     if pairs:
-        two = shares(wan, held_out(pairs, 2), notify)
+        two = judged(wan, held_out(pairs, 2), notify)
         found |= {"pairs": pairs, **{f"pairs {name}": share for name, share in two.items()}}
     return {"kind": kind} | found
 
@@ -62,7 +62,7 @@ def held_out(count: int, objects: int) -> list[Scene]:
     ]
 
 
-def shares(wan: Wan, scenes: Sequence[Scene], notify: Notify = lambda _: None) -> dict[str, float]:
+def judged(wan: Wan, scenes: Sequence[Scene], notify: Notify = lambda _: None) -> dict[str, float]:
     """Shares of what the judge finds right in clips of the scenes' captions."""
     rng = np.random.default_rng(_SEED)
     verdicts: list[dict[str, bool]] = []
