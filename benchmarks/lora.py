@@ -3,12 +3,10 @@
     python benchmarks/lora.py [--clips 20]
 
 Draws 40 clips of the colour, trains the LoRA of configs/train_lora_mini.py on them, and lets the
-judge see clips of captions of that colour, and of others, which it should leave alone. An hour on
-two cores. Prints one table and writes results/lora.json, whose rows tell the share of clips that
-are right.
+judge see clips of captions of that colour, and of others, which it should leave alone. Prints one
+table and writes results/lora.json, whose rows tell the share of clips that are right.
 """
 
-import ast
 import subprocess
 import sys
 import tempfile
@@ -27,13 +25,13 @@ _TINY = {"steps": 2, "warmup_steps": 1, "sample_every": 0, "sample_prompts": []}
 
 def train(folder: Path, *, tiny: bool) -> Path:
     """The LoRA's file; tiny: after two steps on two clips."""
+    from wan_jax import tasks
     from wan_jax.training.miniature import examples
 
     own, data = _CONFIG, folder / examples.COLOUR
     if tiny:
         own = folder / "tiny.py"
-        given = ast.literal_eval(_CONFIG.read_text().partition("config = ")[2])
-        own.write_text(f"config = {given | _TINY}\n")
+        own.write_text(f"config = {tasks.read_literal(_CONFIG) | _TINY}\n")
         examples.write(data, count=2)
     else:
         _run("wan_jax.training.miniature", "--stages", "examples", "--out", str(folder))

@@ -3,8 +3,9 @@
     python benchmarks/miniature.py [--kinds t2v,i2v,flf2v,vae] [--clips 200] [--pairs 100]
 
 Clips of one object, or of images, and for text to video of two objects, all at the default
-settings; the VAE's PSNR on held-out clips. Minutes on a GPU, an hour or two on two cores. Prints
-one table and writes results/miniature.json, whose rows are those of evaluate.scores().
+settings; the VAE's PSNR on held-out clips, --vae_clips of every size. Minutes on a GPU, hours on
+two cores. Prints one table and writes results/miniature.json, whose rows are those of
+evaluate.scores().
 """
 
 import sys
