@@ -239,18 +239,14 @@ class DiT(nnx.Module):
         share: as in embed().
         """
         stack = self.layers
-        among = functools.partial(
-            attention if share is None else share.attention,
-            implementation=implementation,
-            in_fp8=self.fp8_attention,
-        )
+        share = Share(h_bld.shape[1]) if share is None else share
         if layers is not None:
             stack, cond = jax.tree.map(lambda x: x[layers], (stack, cond))
 
         def body(h: Array, item: tuple[Block, Cond, Array | None]) -> tuple[Array, None]:
             layer, kv, residual = item
             h = self._block(
-                layer if fetch is None else fetch(layer), h, mod, kv, among, implementation
+                layer if fetch is None else fetch(layer), h, mod, kv, share, implementation
             )
             return (h if residual is None else h + residual.astype(h.dtype)), None
 
@@ -331,19 +327,19 @@ class DiT(nnx.Module):
         h: Array,
         mod: Modulation,
         kv: Cond,
-        among: Callable[..., Array],
+        share: Share,
         implementation: str | None,
     ) -> Array:
-        """among: attention of the video's tokens to each other."""
         eps = self.config.eps
         shift1, scale1, gate1, shift2, scale2, gate2 = _split(
             layer.modulation[...] + mod.blocks_b6d, 6
         )
         x = layer_norm(h, eps=eps) * (1.0 + scale1) + shift1
-        h = h + gate1 * self._self_attention(layer.self_attn, x, mod, among)
+        h = h + gate1 * self._self_attention(layer.self_attn, x, mod, share, implementation)
 
         weights = layer.cross_attn
-        q = rms_norm(weights.norm_q, linear(weights.q, _norm3(layer, h, eps)), eps=eps)
+        x = layer_norm(h, eps=eps, affine=layer.norm3)
+        q = rms_norm(weights.norm_q, linear(weights.q, x), eps=eps)
         q = self._heads(q.astype(kv.k.dtype))
         if kv.padding is None:
             y = attention(q, kv.k, kv.v, implementation=implementation)
@@ -358,18 +354,26 @@ class DiT(nnx.Module):
         return h + gate2 * y.astype(jnp.float32)
 
     def _self_attention(
-        self, weights: Attention, x: Array, mod: Modulation, among: Callable[..., Array]
+        self,
+        weights: Attention,
+        x: Array,
+        mod: Modulation,
+        share: Share,
+        implementation: str | None,
     ) -> Array:
-        v = linear(weights.v, x)
-        q, k = (
-            rope.rotate(
-                self._heads(rms_norm(norm, linear(p, x), eps=self.config.eps, goes_on=True)),
-                mod.cos_lk,
-                mod.sin_lk,
-            ).astype(v.dtype)
-            for norm, p in ((weights.norm_q, weights.q), (weights.norm_k, weights.k))
+        v, found = linear(weights.v, x), []
+        tables = mod.cos_lk, mod.sin_lk
+        for norm, p in ((weights.norm_k, weights.k), (weights.norm_q, weights.q)):
+            if share.ulysses > 1:
+                # Else XLA makes one product and one pass of q and k, and has nothing to do while
+                # either of them is on its way to the other devices.
+                x, tables = lax.optimization_barrier((x.astype(v.dtype), tables))
+            normed = rms_norm(norm, linear(p, x), eps=self.config.eps, goes_on=True)
+            found.append(rope.rotate(self._heads(normed), *tables).astype(v.dtype))
+        k, q = found
+        y = share.attention(
+            q, k, self._heads(v), implementation=implementation, in_fp8=self.fp8_attention
         )
-        y = among(q, k, self._heads(v))
         return linear(weights.o, y.reshape(x.shape)).astype(jnp.float32)
 
 
@@ -388,10 +392,6 @@ def _remat(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
         "full": None,
     }[remat]
     return jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan needs no such guard
-
-
-def _norm3(layer: Block, h: Array, eps: float) -> Array:
-    return layer_norm(h, eps=eps, affine=layer.norm3)
 
 
 def _split(table_bmd: Array, count: int) -> list[Array]:

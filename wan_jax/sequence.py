@@ -83,13 +83,25 @@ class Share(NamedTuple):
         """Rows of all heads -> the ring member's rows of a share of the heads."""
         if self.ulysses == 1:
             return x
-        return lax.all_to_all(x, ULYSSES, split_axis=2, concat_axis=1, tiled=True)
+        b, rows, n, k = x.shape
+        parts = jnp.moveaxis(x.reshape(b, rows, self.ulysses, -1, k), 2, 0)
+        return self._swap(parts).swapaxes(0, 1).reshape(b, -1, n // self.ulysses, k)
 
     def _tokens(self, x: Array) -> Array:
         """Back again."""
         if self.ulysses == 1:
             return x
-        return lax.all_to_all(x, ULYSSES, split_axis=1, concat_axis=2, tiled=True)
+        b, _, n, k = x.shape
+        parts = x.reshape(b, self.ulysses, -1, n, k).swapaxes(0, 1)
+        return jnp.moveaxis(self._swap(parts), 0, 2).reshape(b, -1, n * self.ulysses, k)
+
+    def _swap(self, parts: Array) -> Array:
+        """Of parts [ulysses, b, rows, n, k], one for each member, those that they have for this.
+
+        So they are in the order of memory, and of one video nothing is left to transpose where
+        tokens come together.
+        """
+        return lax.all_to_all(parts, ULYSSES, split_axis=0, concat_axis=0)
 
     def _around(self, q: Array, k: Array, v: Array, implementation: str | None) -> Array:
         """Attention to the keys of every ring member, which each passes on to the next."""
