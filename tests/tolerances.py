@@ -45,6 +45,13 @@ DIT_ORIGINAL = 2e-6  # float32 sums in another order: measured 6e-7, the origina
 # The same roundings in other places: 0.95 to 1.01 over 12 seeds; a bfloat16 residual stream 1.24.
 DIT_ORIGINAL_BFLOAT16_RATIO = 1.05
 
+# The residual stream on Hopper
+RESIDUAL_SUM = 2e-7  # of up to four in float32; measured 4.4e-8
+RESIDUAL_NORM = 3e-3  # rounded to 8 bits; measured 1.7e-3
+RESIDUAL_SAME = 1e-6  # the same float32 roundings; measured 0; a sum in bfloat16 costs 2e-3
+RESIDUAL_BLOCKS = 1e-4  # the same roundings through three blocks; measured 0
+RESIDUAL_BLOCKS_GRADIENT = 2e-3  # measured 0, and 3.9e-4 of the modulation
+
 # Pipeline: text, solver, guidance and VAE together
 PIPELINE_LATENTS = 1e-5  # eight guided float32 steps; measured 2.8e-6; a wrong GELU costs 6e-5
 PIPELINE_PSNR = 95.0  # dB of frames in -1..1; measured 131

@@ -24,12 +24,12 @@ from jax import lax
 from wan_jax import rope
 from wan_jax.attention import attention, counted_attention, is_attention
 from wan_jax.config import DiTConfig
+from wan_jax.image_tokens import ImageMLP, image_tokens
 from wan_jax.layers import (
     PRODUCT,
     LayerNorm,
     Linear,
     RMSNorm,
-    gelu,
     gelu_tanh,
     layer_norm,
     linear,
@@ -37,11 +37,11 @@ from wan_jax.layers import (
     rms_norm,
 )
 from wan_jax.patches import patchify, unpatchify
+from wan_jax.residual import Stream
 from wan_jax.sequence import Share, share_of
 
 Array = jax.Array
 REMAT = ("none", "products", "attention", "full")
-IMAGE_EPS = 1e-5  # of the norms around the image MLP, PyTorch's default
 
 
 class Cond(NamedTuple):
@@ -96,19 +96,6 @@ class CrossAttention(Attention):
         if config.image_dim is not None:
             self.k_img, self.v_img = (Linear(d, d, rngs=rngs, dtype=dtype) for _ in range(2))
             self.norm_k_img = RMSNorm(d)
-
-
-class ImageMLP(nnx.Module):
-    """CLIP's tokens [b, s, image_dim] to the network's width; positions tell two images apart."""
-
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        width = config.image_dim
-        assert width is not None
-        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(config.dim)
-        self.fc1 = Linear(width, width, rngs=rngs, dtype=dtype)
-        self.fc2 = Linear(width, config.dim, rngs=rngs, dtype=dtype)
-        if config.image_positions is not None:
-            self.positions = nnx.Param(jnp.zeros((config.image_positions, width), jnp.float32))
 
 
 class Block(nnx.Module):
@@ -180,7 +167,7 @@ class DiT(nnx.Module):
         fold = fold and missing > 0
         context = jnp.pad(context_bsd, ((0, 0), (0, 1 if fold else missing), (0, 0)))
         text = linear(self.text_out, gelu_tanh(linear(self.text_in, context)))
-        image = self._image_tokens(image_bsd)
+        image = image_tokens(self.image, image_bsd, self.config)
 
         def keys_and_values(_: None, layer: Block) -> tuple[None, Cond]:
             weights = (layer if fetch is None else fetch(layer)).cross_attn
@@ -243,14 +230,18 @@ class DiT(nnx.Module):
         if layers is not None:
             stack, cond = jax.tree.map(lambda x: x[layers], (stack, cond))
 
-        def body(h: Array, item: tuple[Block, Cond, Array | None]) -> tuple[Array, None]:
+        def body(stream: Stream, item: tuple[Block, Cond, Array | None]) -> tuple[Stream, None]:
             layer, kv, residual = item
-            h = self._block(
-                layer if fetch is None else fetch(layer), h, mod, kv, share, implementation
+            stream = self._block(
+                layer if fetch is None else fetch(layer), stream, mod, kv, share, implementation
             )
-            return (h if residual is None else h + residual.astype(h.dtype)), None
+            stream = stream if residual is None else stream.add(residual)
+            return (stream if waiting else stream.settled()), None
 
-        return lax.scan(_remat(body, remat), h_bld, (stack, cond, residuals))[0]
+        # What is given to the next block is also what the way back keeps: with remat one array.
+        waiting = residuals is None and remat == "none"
+        stream = Stream.of(h_bld, self.text_in.kernel.dtype, waiting=waiting)
+        return lax.scan(_remat(body, remat), stream, (stack, cond, residuals))[0].whole()
 
     def head(self, h_bld: Array, mod: Modulation, *, share: Share | None = None) -> Array:
         """Tokens -> velocity [b, t, h, w, out_channels], float32. share: as in embed()."""
@@ -295,50 +286,29 @@ class DiT(nnx.Module):
         k = rms_norm(norm, linear(key, tokens), eps=self.config.eps)
         return self._heads(k.astype(v.dtype)), self._heads(v)
 
-    def _image_tokens(self, image_bsd: Array | None) -> Array | None:
-        """CLIP's tokens in the network's width; ValueError for what the network does not take."""
-        width, positions = self.config.image_dim, self.config.image_positions
-        if self.image is None or image_bsd is None:
-            if (self.image is None) != (image_bsd is None):
-                wanted = "takes no image" if self.image is None else f"needs tokens [b, s, {width}]"
-                raise ValueError(
-                    f"image is {'None' if image_bsd is None else 'given'}; it {wanted}"
-                )
-            return None
-        _, s, found = image_bsd.shape
-        if found != width or (positions is not None and s != positions):
-            count = "s" if positions is None else str(positions)
-            raise ValueError(
-                f"image tokens have shape {image_bsd.shape}; [b, {count}, {width}] is needed"
-            )
-        x = image_bsd.astype(jnp.float32)
-        if positions is not None:
-            x = x + self.image.positions[...]
-        x = layer_norm(x, eps=IMAGE_EPS, affine=self.image.norm1)
-        x = linear(self.image.fc2, gelu(linear(self.image.fc1, x)))
-        return layer_norm(x, eps=IMAGE_EPS, affine=self.image.norm2)
-
     def _heads(self, x_bld: Array) -> Array:
         return x_bld.reshape(*x_bld.shape[:2], self.config.num_heads, self.config.head_dim)
 
     def _block(
         self,
         layer: Block,
-        h: Array,
+        stream: Stream,
         mod: Modulation,
         kv: Cond,
         share: Share,
         implementation: str | None,
-    ) -> Array:
+    ) -> Stream:
         eps = self.config.eps
         shift1, scale1, gate1, shift2, scale2, gate2 = _split(
             layer.modulation[...] + mod.blocks_b6d, 6
         )
-        x = layer_norm(h, eps=eps) * (1.0 + scale1) + shift1
-        h = h + gate1 * self._self_attention(layer.self_attn, x, mod, share, implementation)
+        x, stream = stream.norm(1.0 + scale1, shift1, eps=eps)
+        stream = stream.add(
+            self._self_attention(layer.self_attn, x, mod, share, implementation), gate1
+        )
 
-        weights = layer.cross_attn
-        x = layer_norm(h, eps=eps, affine=layer.norm3)
+        weights, affine = layer.cross_attn, layer.norm3
+        x, stream = stream.norm(affine.scale[...], affine.bias[...], eps=eps, leave=True)
         q = rms_norm(weights.norm_q, linear(weights.q, x), eps=eps)
         q = self._heads(q.astype(kv.k.dtype))
         if kv.padding is None:
@@ -347,11 +317,10 @@ class DiT(nnx.Module):
             y = counted_attention(q, kv.k, kv.v, kv.padding)
         if kv.k_img is not None and kv.v_img is not None:
             y = y + attention(q, kv.k_img, kv.v_img, implementation=implementation)
-        h = h + linear(weights.o, y.reshape(h.shape)).astype(jnp.float32)
+        stream = stream.add(linear(weights.o, y.reshape(x.shape)))
 
-        x = layer_norm(h, eps=eps) * (1.0 + scale2) + shift2
-        y = linear(layer.ffn_out, gelu_tanh(linear(layer.ffn_in, x)))
-        return h + gate2 * y.astype(jnp.float32)
+        x, stream = stream.norm(1.0 + scale2, shift2, eps=eps)
+        return stream.add(linear(layer.ffn_out, gelu_tanh(linear(layer.ffn_in, x))), gate2)
 
     def _self_attention(
         self,
@@ -374,7 +343,7 @@ class DiT(nnx.Module):
         y = share.attention(
             q, k, self._heads(v), implementation=implementation, in_fp8=self.fp8_attention
         )
-        return linear(weights.o, y.reshape(x.shape)).astype(jnp.float32)
+        return linear(weights.o, y.reshape(x.shape))
 
 
 def _remat(body: Callable[..., Any], remat: str) -> Callable[..., Any]:

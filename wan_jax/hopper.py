@@ -33,7 +33,6 @@ _STAGES = 2  # blocks in shared memory
 # Registers of a thread: 64 scores, 64 sums of the result, 32 weights and what else there is.
 _MANY, _FEW = 240, 24
 _LOWEST = -1e30
-_KINDS = ("H100", "H200", "H800", "GH200")
 # A thread block's place, and a warpgroup's in it. Names of a mesh's axes would mean its devices.
 _GRID = ("hopper_head", "hopper_tile", "hopper_batch")
 _GROUP = "hopper_group"
@@ -55,9 +54,8 @@ class _Memory(NamedTuple):
 def fits(q: Array, k: Array) -> bool:
     """Whether attend() takes q [b, s, n, k] and keys, on the device that is traced for."""
     rows = q.shape[1] % ROWS == 0 and k.shape[1] % _BLOCK == 0 and k.shape[1] > 0
-    device = xla.traced_for()
-    known = device.platform == "gpu" and any(kind in device.kind for kind in _KINDS)
-    return known and rows and q.shape[-1] == HEAD and q.dtype in (jnp.bfloat16, jnp.float16)
+    narrow = q.dtype in (jnp.bfloat16, jnp.float16)
+    return xla.on_hopper() and rows and q.shape[-1] == HEAD and narrow
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

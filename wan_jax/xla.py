@@ -33,6 +33,7 @@ _STREAMING: dict[str, dict[str, bool | str]] = {
 # for programs with attention: a convolution that may have it takes five times as long to compile.
 _ROOM: dict[str, bool | str] = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 _ATTENTION = {"TPU v5": _ROOM, "TPU v5p": _ROOM}
+_HOPPER = ("H100", "H200", "H800", "GH200")  # by jax
 
 
 def compiler_options(
@@ -86,6 +87,12 @@ def on_nvidia() -> bool:
     """Whether what is being traced is for NVIDIA's GPUs."""
     device = traced_for()
     return device.platform == "gpu" and "NVIDIA" in device.kind.upper()
+
+
+def on_hopper() -> bool:
+    """Whether what is being traced is for NVIDIA's Hopper GPUs."""
+    device = traced_for()
+    return device.platform == "gpu" and any(kind in device.kind for kind in _HOPPER)
 
 
 def convolutions(dtype: str) -> lax.Precision:

@@ -1,4 +1,4 @@
-"""As much of Pallas for Mosaic GPU as hopper.py uses, in threads, for machines without one.
+"""As much of Pallas for Mosaic GPU as our kernels use, in threads, for machines without one.
 
 Every warpgroup is a thread. What a GPU does later is done as late as it may be: a product when it
 is waited for, out of what then lies in shared memory. So a block that is overwritten too soon gives
@@ -37,9 +37,18 @@ class _Cell:
     def transpose(self, axes: tuple[int, ...]) -> "_Later":
         return _Later(lambda: self.value.transpose(axes))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return jnp.asarray(self.value[_plain(index)])
+
     def __setitem__(self, index: Any, value: Any) -> None:
-        assert index is ...
-        self._array[self._index] = np.asarray(value)
+        whole = self._index if index is ... else _plain(index)
+        assert index is ... or self._index is ...
+        assert self._array[whole].shape == value.shape and self.dtype == value.dtype
+        self._array[whole] = np.asarray(value)
 
 
 class _Later:
@@ -103,8 +112,13 @@ class _Layout:
         return f"without axis {axis}"
 
 
+def _strided(shape: tuple[int, ...], vec_size: int) -> str:
+    assert len(shape) == 1 and shape[0] % (128 * vec_size) == 0
+    return f"{vec_size} in every thread, and again"
+
+
 class Mosaic:
-    """The modules `gpu`, `pl` and `lax` of hopper.py; started: the blocks that have run."""
+    """The modules `gpu`, `pl` and `lax` of a kernel; started: the blocks that have run."""
 
     def __init__(self) -> None:
         self._own = threading.local()
@@ -116,7 +130,7 @@ class Mosaic:
             TilingTransform=tuple,
             SwizzleTransform=int,
             CompilerParams=lambda **_: None,
-            Layout=types.SimpleNamespace(WGMMA=_Layout()),
+            Layout=types.SimpleNamespace(WGMMA=_Layout(), WG_STRIDED=_strided),
             layout_cast=lambda x, layout: x,
             broadcasted_iota=lambda dtype, shape, axis, layout: lax.broadcasted_iota(
                 dtype, shape, axis
@@ -143,6 +157,7 @@ class Mosaic:
             fori_loop=_loop,
             broadcast_in_dim=lax.broadcast_in_dim,
             rem=lax.rem,
+            rsqrt=lax.rsqrt,
         )
 
     def _bring(self, source: _Cell, target: _Cell, barrier: _Barrier) -> None:
@@ -198,24 +213,25 @@ class Mosaic:
         self,
         body: Callable,
         *,
-        out_type: jax.ShapeDtypeStruct,
+        out_type: Any,
         grid: tuple[int, ...],
         grid_names: tuple[str, ...],
-        num_threads: int,
-        thread_name: str,
         compiler_params: None,
+        num_threads: int = 1,
+        thread_name: str | None = None,
     ) -> Callable:
         del compiler_params
         self._groups, self._group = num_threads, thread_name
 
-        def call(*arrays: jax.Array) -> jax.Array:
-            result = np.full(out_type.shape, np.nan, out_type.dtype)
+        def call(*arrays: jax.Array) -> Any:
+            wanted, tree = jax.tree.flatten(out_type)
+            results = [np.full(one.shape, np.nan, one.dtype) for one in wanted]
             refs = [_Cell(np.asarray(array)) for array in arrays]
             for place in _places(grid):
                 self._own.place = dict(zip(grid_names, place, strict=True))
-                body(*refs, _Cell(result))
+                body(*refs, *map(_Cell, results))
                 self.started += 1
-            return jnp.asarray(result)
+            return jax.tree.unflatten(tree, map(jnp.asarray, results))
 
         return call
 
