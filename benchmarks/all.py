@@ -57,6 +57,7 @@ _DECODE = f"{_WHOLE},decode {_LONG},decode 1920x1080 801 12GB"
 JOBS = {
     "precision": Job("precision.py", 4),
     "attention": Job("attention.py", 4),
+    "residual": Job("residual.py", 2),
     "dit_14B": Job(f"dit.py --models 14B {_DIT}", 9),
     "dit_1.3B": Job(f"dit.py --models 1.3B {_DIT}", 4),
     "fp8": Job("fp8.py", 6),

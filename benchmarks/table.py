@@ -30,7 +30,8 @@ CASES = {
     "training": "{train}, kept: {remat}",
 }
 COMPARED = {"end_to_end": "denoise"}
-NAMES = (*CASES, "attention", "fp8", "lora", "miniature", "precision", "tiles", "umt5", "vae")
+NAMES = (*CASES, "attention", "fp8", "lora", "miniature", "precision", "residual")
+NAMES += ("tiles", "umt5", "vae")
 
 
 def benchmark_of(name: str) -> str:

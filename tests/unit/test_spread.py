@@ -1,6 +1,7 @@
 """The same video on one device and on many, whatever each of them does."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,16 @@ def test_rows_in_tiles_give_the_same_latents(
     assert relative_l2(found, alone["75 tokens"]) <= tolerances.SPREAD
     assert set(asked) == (set() if plan == Plan(ring=2) else {75})
     jax.clear_caches()
+
+
+@pytest.mark.parametrize(("plan", "guards"), [(Plan(ulysses=2), 2), (Plan(), 0)], ids=str)
+def test_queries_and_keys_that_travel_are_made_apart(dit: DiT, plan: Plan, guards: int) -> None:
+    """Or one product makes both, and there is nothing to do while they are on their way."""
+    layout = layout_of(plan)
+    placed = spread.place(conditions(dit, 1), layout)
+    run = functools.partial(spread.velocity, layout=layout)
+    program = jax.make_jaxpr(run)(dit, noise("75 tokens"), 500.0, placed, jnp.float32(3.0))
+    assert str(program).count("optimization_barrier") == guards
 
 
 def test_each_device_of_the_guidance_holds_its_branch_only(dit: DiT) -> None:
