@@ -77,9 +77,8 @@ JOBS = {
         model="1.3B",
     ),
     "memory_14B": Job(
-        f"memory.py --model 14B --folder {FOLDER} --stages denoise --steps 3 "
-        "--max_memory none,12GB",
-        7,
+        f"memory.py --model 14B --folder {FOLDER} --stages all --steps 3 --max_memory none,12GB",
+        9,
         model="14B",
     ),
     "tiles_decode": Job(f"tiles.py --measure time --cases '{_DECODE}'", 7),
