@@ -52,14 +52,16 @@ def run_ours(model: str) -> None:
     ys = [jax.random.normal(next(keys), h.shape, jnp.bfloat16) for _ in range(2)]
     scale, shift, gate = (jax.random.normal(next(keys), (1, 1, d)) for _ in range(3))
 
-    def program(parts: int, *, leave: bool, fused: bool) -> Callable[..., Any]:
+    def program(
+        parts: int, *, leave: bool, fused: bool, dtype: Any = jnp.bfloat16
+    ) -> Callable[..., Any]:
         @jax.jit
         def added(h: jax.Array, ys: list[jax.Array]) -> tuple[jax.Array, jax.Array | None]:
             stream = Stream.of(h, jnp.dtype(jnp.bfloat16 if fused else jnp.float32))
             for y in ys[:parts]:
                 stream = stream.add(y, gate)
             x, stream = stream.norm(scale, shift, eps=eps, leave=leave)
-            return x.astype(jnp.bfloat16), None if leave else stream.h_bld
+            return x.astype(dtype), None if leave else stream.h_bld
 
         return added
 
@@ -71,8 +73,7 @@ def run_ours(model: str) -> None:
                 found = added(h, ys)
             jax.block_until_ready(found)
 
-        wide = [y.astype(jnp.float32) for y in ys]
-        truth = program(parts, leave=leave, fused=False)(h, wide)[0].astype(jnp.float32)
+        truth = program(parts, leave=leave, fused=False, dtype=jnp.float32)(h, ys)[0]
         apart = added(h, ys)[0].astype(jnp.float32) - truth
         seconds = median_seconds(many, repeats=7, busy=BUSY) / CALLS
         moved = h.size * (4 + 2 * parts + 2 + (0 if leave else 4))

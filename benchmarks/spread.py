@@ -7,8 +7,8 @@ goes through it. Cards of one machine differ by a few percent, and those that wo
 the slowest. So for the plan of one device every card computes the step by itself, all at the same
 time: `cards` are their seconds, and efficiency is t1 / (n tn) with the mean of those n cards as t1,
 `of_first` with the first card's. The VAE's is of the first card; its frames come to the host as
-bytes. apart is the relative L2 of the latents from those of one GPU, for the VAE the PSNR of float
-frames. Prints one table and writes results/spread.json.
+bytes, and the best of three counts. apart is the relative L2 of the latents from those of one GPU,
+for the VAE the PSNR of float frames. Prints one table and writes results/spread.json.
 """
 
 import argparse
@@ -16,7 +16,9 @@ import concurrent.futures
 import re
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from runs import Case, Rows, listed, parser, run
 
 LABELS = {"dit": "{}, a guided step", "vae": "VAE, decode {}"}
 ONE = "1"  # the plan of one device
+_PATIENCE = 300.0  # seconds that cards wait for each other
 
 
 def plan_of(text: str) -> Any:
@@ -47,13 +50,15 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
         latents, times = take_steps(model, plan, steps)
         found = {"seconds": statistics.median(times[1:])}
     else:
+        devices = jax.devices()
+        ready = threading.Barrier(len(devices), timeout=_PATIENCE)
 
         def alone(device: jax.Device) -> tuple[np.ndarray, list[float]]:
             with jax.default_device(device):
-                return take_steps(model, plan, steps)
+                return take_steps(model, plan, steps, ready.wait)
 
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            each = list(pool.map(alone, jax.devices()))
+        with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+            each = list(pool.map(alone, devices))
         latents, times = each[0]
         cards = [statistics.median(own[1:]) for _, own in each]
         found = {"seconds": statistics.fmean(cards), "cards": cards}
@@ -61,8 +66,13 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
     return {**found, "first": times[0], "peak_gib": peak_gib()}
 
 
-def take_steps(model: str, plan: Any, steps: int) -> tuple[np.ndarray, list[float]]:
-    """The latents after guided steps, on the default device or those of the plan, and seconds."""
+def take_steps(
+    model: str, plan: Any, steps: int, compiled: Callable[[], Any] = lambda: None
+) -> tuple[np.ndarray, list[float]]:
+    """The latents after guided steps, on the default device or those of the plan, and seconds.
+
+    compiled: called behind the first step, which is not timed with the others.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -84,17 +94,21 @@ def take_steps(model: str, plan: Any, steps: int) -> tuple[np.ndarray, list[floa
     texts = [put(jax.random.normal(key, shape, jnp.bfloat16)) for key in keys[1:]]
     conds = [prepare(network, text) for text in texts]
     jax.block_until_ready((noise, conds))
-    times = [time.perf_counter()]
+    begun, times = [time.perf_counter()], []
 
     def on_step(carry: sampler.Carry, count: int) -> None:
         jax.block_until_ready(carry.state.x)
         times.append(time.perf_counter())
+        if len(begun) == 1:
+            compiled()
+        begun.append(time.perf_counter())
 
     schedule = schedulers.make_schedule("unipc", steps=steps, shift=5.0)
     latents = sampler.sample(
         network, noise, schedule, conds, guidance=5.0, on_step=on_step, layout=layout
     )
-    return np.asarray(latents, np.float32), np.diff(times).tolist()
+    spent = [end - start for start, end in zip(begun, times, strict=False)]
+    return np.asarray(latents, np.float32), spent
 
 
 def run_vae(size: str, plan: Any, out: Path, *, tiny: bool) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Sums and norms of the residual stream on Hopper, in one pass, in Pallas for Mosaic GPU.
 
-A row is as wide as the network, no power of two; XLA, which fills it up to one, takes 1.36 times
-as long for a sum and its norm at 1536, 1.46 times at 5120 (H200). Here a warpgroup, which is a
-thread block, holds a row in registers from the time it is read until its norm is written. That
-memory is never idle is the doing of the other thread blocks of a multiprocessor, of which there is
-room for three of the widest rows: 60 KB on their way. So a block has but two rows: with eight it
-takes 3 to 5 % longer. The gates, of which all rows have the same, stay in the L1 cache.
+A row is as wide as the network, no power of two; XLA, which fills it up to one, takes a third to a
+half longer (benchmarks/residual.py). Here a warpgroup, which is a thread block, holds a row in
+registers from the time it is read until its norm is written. That memory is never idle is the doing
+of the other thread blocks of a multiprocessor, of which there is room for three with rows of 5120:
+60 KB of the stream alone on their way. So a block has but two rows; with eight it takes longer. The
+gates, of which all rows have the same, stay in the L1 cache.
 """
 
 import itertools
@@ -44,7 +44,8 @@ class _Refs(NamedTuple):
 def fits(h: Array, dtype: jnp.dtype) -> bool:
     """Whether add_and_norm() takes h [b, l, d] and parts in dtype, on the device traced for."""
     rows, width = h.shape[1] % ROWS == 0, h.shape[2] % _WIDTH == 0 and h.shape[2] <= _WIDEST
-    return xla.on_hopper() and rows and width and h.size > 0 and dtype == jnp.bfloat16
+    dtypes = h.dtype == jnp.float32 and dtype == jnp.bfloat16
+    return xla.on_hopper() and rows and width and h.size > 0 and dtypes
 
 
 def add_and_norm(

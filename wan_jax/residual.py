@@ -6,15 +6,16 @@
         stream = stream.add(product(x), gate)               h + gate * product(x)
     h = stream.whole()
 
-That is all there is to it, but on Hopper, with products in 16 bits. There what is added waits for
-the next norm, which one kernel (hopper_norm.py) does with the sum in one pass. Bytes moved for each
-number, of a norm behind one sum: 4 + 2 to read h and y, 4 + 2 to write the sum and x. A norm that
-leaves the sum to the next one saves 4 and costs the next one 2; two in a row that do would save
-nothing more. A block has three, 34 bytes with one that leaves it, 36 with none.
+That is all there is to it, but on Hopper, with products in 16 bits and no gradient. There what is
+added waits for the next norm, which one kernel (hopper_norm.py) does with the sum in one pass.
+Bytes moved for each number, of a norm behind one sum: 4 + 2 to read h and y, 4 + 2 to write the sum
+and x. A norm that leaves the sum to the next one saves 4 and costs the next one 2; two in a row
+that do would save nothing more. A block has three, 34 bytes with one that leaves it, 36 with none.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Self
 
 import jax
@@ -116,7 +117,8 @@ def _fused(
 
     The norm is in the products' 16 bits, which they round it to anyway, but its type is float32, so
     that the gradients of all that read it are summed in float32. As to gradients, what is given
-    back beside it is the sum, kept or not. Both are computed again from h and the terms.
+    back beside it is the sum, kept or not. Where there is one, the forward pass is XLA's, too: it
+    is done again beside the gradient, and XLA knows how to split it among devices.
     """
     from wan_jax import hopper_norm
 
@@ -124,25 +126,18 @@ def _fused(
     return x.astype(jnp.float32), h if total is None else total
 
 
-_Operands = tuple[Array, tuple[Term, ...], Array, Array]
+_Back = Callable[[tuple[Array, Array]], tuple[Array, tuple[Term, ...], Array, Array]]
 
 
 def _forward(
     h: Array, terms: tuple[Term, ...], scale: Array, shift: Array, eps: float, keep: bool
-) -> tuple[tuple[Array, Array], _Operands]:
-    return _fused(h, terms, scale, shift, eps, keep), (h, terms, scale, shift)
-
-
-def _backward(
-    eps: float, keep: bool, operands: _Operands, gradients: tuple[Array, Array]
-) -> _Operands:
-    del keep
-
+) -> tuple[tuple[Array, Array], _Back]:
     def plain(h: Array, terms: tuple[Term, ...], scale: Array, shift: Array) -> tuple[Array, Array]:
         total = _sum(h, terms)
         return _norm(total, scale, shift, eps), total
 
-    return jax.vjp(plain, *operands)[1](gradients)
+    (x, total), back = jax.vjp(plain, h, terms, scale, shift)
+    return (x, total if keep else h), back
 
 
-_fused.defvjp(_forward, _backward)
+_fused.defvjp(_forward, lambda eps, keep, back, gradients: back(gradients))

@@ -84,6 +84,43 @@ def test_tiles_beside_the_whole(load: Load) -> None:
     assert not list(benchmark.cases_of("decode 64x16 17 whole", ["apart"], **options))
 
 
+def test_residual(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("residual")
+    benchmark.run_ours("tiny")
+    rows = reported(capsys)
+    assert [row["how"] for row in rows] == ["XLA", "hopper"] * len(benchmark.WHAT)
+    assert all(0 < row["deviation"] < 0.01 and row["gb_per_s"] > 0 for row in rows)
+
+
+def test_spread(load: Load, tmp_path: Path) -> None:
+    """Every device computes the steps of the plan of one by itself."""
+    import jax
+
+    benchmark = load("spread")
+    one = benchmark.run_steps("tiny", benchmark.plan_of("1"), 3, tmp_path / "dit-tiny-1.npy")
+    assert len(one["cards"]) == jax.device_count() and min(one["cards"]) > 0
+    two = benchmark.run_plan("guidance2", "dit tiny", tmp_path, steps=3, tiny=True)
+    assert two["seconds"] > 0 and float(two["apart"]) < 0.01
+
+
+def test_efficiency_is_by_the_mean_of_the_cards_that_are_used(load: Load) -> None:
+    cards = [8.0, 12.0, 20.0, 20.0]
+    rows = [
+        {"what": "a step", "plan": "1", "seconds": 15.0, "cards": cards},
+        {"what": "a step", "plan": "guidance2", "seconds": 5.0},
+        {"what": "a step", "plan": "guidance2xulysses2", "seconds": 4.0},
+        {"what": "a step", "plan": "ring2", "error": "no memory"},
+        {"what": "VAE", "plan": "1", "seconds": 3.0},
+        {"what": "VAE", "plan": "ulysses4", "seconds": 1.0},
+    ]
+    found = [
+        (r.get("speedup"), r.get("efficiency"), r.get("of_first"))
+        for r in load("spread").faster(rows)
+    ]
+    assert found[1:4] == [(2.0, 1.0, 0.8), (3.75, 0.9375, 0.5), (None, None, None)]
+    assert found[5] == (3.0, 0.75, 0.75) and found[0] == found[4] == (None, None, None)
+
+
 def test_umt5(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     load("umt5").run_ours(2, tiny=True)
     rows = [row for row in reported(capsys) if row["seconds"] > 0]

@@ -96,6 +96,18 @@ def test_affine_parameters_are_everybodys() -> None:
 
 
 @pytest.mark.usefixtures("mosaic")
+def test_one_gate_is_that_of_every_video() -> None:
+    """Of two, where the modulation has a batch of one; a scan's carry keeps its shape."""
+    h, ((gate, y),), scale, shift = operands((True,))
+    stream = Stream(h, (), fused=True).add(y, gate[:1])
+    assert stream.terms[0][0] is not None and stream.terms[0][0].shape == gate.shape
+    x, after = stream.norm(scale, shift, eps=EPS)
+    wanted, total = exact(h, [(gate[:1], y)], scale, shift)
+    assert relative_l2(x, wanted) <= tolerances.RESIDUAL_NORM
+    assert relative_l2(after.h_bld, total) <= tolerances.RESIDUAL_SUM
+
+
+@pytest.mark.usefixtures("mosaic")
 def test_the_stream_is_the_same_fused() -> None:
     """Terms that wait are added once, whichever norms they wait for."""
     h, parts, scale, shift = operands((True, True, False), length=8, d=512)
@@ -201,7 +213,10 @@ def test_blocks_are_the_same_fused(name: str, fused: pytest.MonkeyPatch) -> None
     }
     dit = make.get(name, lambda dit: dit)(dit)
     run = jax.jit(lambda dit, *rest: blocks(dit, *rest, **how))
+    calls = []
+    fused.setattr(hopper_norm, "add_and_norm", lambda *x, **o: calls.append(x) or stand_in(*x, **o))
     own = run(dit, h, mod, cond)
+    assert len(calls) == 3
     fused.undo()
     plain = jax.jit(lambda dit, *rest: blocks(dit, *rest, **how))(dit, h, mod, cond)
     assert own.dtype == jnp.float32 and own.shape == h.shape
@@ -278,6 +293,21 @@ def test_a_block_has_three_of_them(
             check_vma=False,
         )
     assert kernels_in(run, dit, *given) == calls
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_a_gradient_has_none_of_them(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training's arrays lie on several devices, and XLA could not split what it does not know."""
+    monkeypatch.setattr(xla, "traced_for", lambda: H200)
+    dit = jax.eval_shape(network)
+    h, mod, cond = jax.eval_shape(prepared, dit)
+
+    def loss(h: jax.Array, dit: DiT, *rest: Any) -> jax.Array:
+        return jnp.sum(blocks(dit, h, *rest, remat=remat))
+
+    given = h, dit, mod, cond
+    assert kernels_in(loss, *given) == 3
+    assert kernels_in(jax.grad(loss), *given) == 0
 
 
 def test_its_axes_are_no_axes_of_the_mesh() -> None:
