@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +71,24 @@ def test_a_script_plans_the_miniature_for_the_devices_at_hand(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_ends_a_plan_while_the_compiler_works(tmp_path: Path) -> None:
+    """At once, and not when it is done: for a TPU that may be ten minutes later."""
+    given = [sys.executable, str(ROOT / "run_t2v.py"), "--plan"]
+    options = {"cwd": tmp_path, "env": test_cli.environment(1), "text": True}
+    with subprocess.Popen(given, stderr=subprocess.PIPE, **options) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("compiling") for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+def test_what_takes_long_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, slow in (("v6e:1x1", ", which takes ten minutes and more"), ("h200:1", "")):
+        for stage in ("denoise", "decode"):
+            planning._compiling(targets.parse(name), stage)
+        assert capsys.readouterr().err == f"compiling denoise\ncompiling decode{slow}\n"
+
+
 def test_the_script_of_images_plans_too(tmp_path: Path) -> None:
     done = script("--plan", "--plan_target", "h200:2", cwd=tmp_path, name="run_i2v.py")
     assert done.returncode == 0, done.stderr
@@ -104,6 +125,7 @@ def test_a_task_needs_neither_checkpoint_nor_prompt_nor_images(
     assert text.startswith(f"{title}, bfloat16\nh200:8: 8 devices: guidance 2 x ulysses 4\n")
     assert "roofline" not in text and "GB sent by formula\n" in text
     assert "of 989 TFLOP/s, shares that are measured on an H200" in text
+    assert "memory: what JAX takes of a card, see XLA_PYTHON_CLIENT_MEM_FRACTION\n" in text
     assert "\nit fits: " in text
 
 

@@ -485,7 +485,9 @@ def test_a_plan_says_what_would_be_done(tiny_source: Path, data: Path, tmp_path:
     )
     made = plan(*_given(file, data, tmp_path), "--ckpt_dir", str(tiny_source), "--dry_run")
     text = command.describe(made)
-    assert "LoRA of rank 2" in text and "2 examples at (32, 16), 5 frames, 8 fps" in text
+    assert (
+        "LoRA of rank 2" in text and "2 examples, not opened yet, at (32, 16), 5 frames, 8" in text
+    )
     assert "lora.safetensors" in text and "1 samples every 2" in text
     assert not (tmp_path / "out").exists()
     elsewhere = plan(*_given(file, data, tmp_path), "--ckpt_dir", "Wan-AI/none", "--dry_run")
@@ -546,7 +548,10 @@ def executed(*arguments: str) -> None:
 
 
 def test_a_finished_result_is_kept_only_of_the_same_data_and_checkpoint(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, clips = tmp_path / "source", tmp_path / "data"
     miniature.write(source, config=TINY, seed=1)
@@ -564,7 +569,9 @@ def test_a_finished_result_is_kept_only_of_the_same_data_and_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(command.checkpoint, "restore", never)  # the source's weights
+        assert "were made before" not in capsys.readouterr().err
         executed(*given)
+        assert "1 of 1 steps were made before; the rest follows" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out" / "checkpoints")
     monkeypatch.setattr(command, "_train", never)
     listing = clips / "metadata.jsonl"

@@ -3,7 +3,11 @@
 No weight is read, nothing is downloaded or written and no program runs; they are compiled.
 """
 
+import contextlib
+import functools
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,11 +73,31 @@ def show(values: flags.FlagValues, configs: Path) -> NoReturn:
             _ = case.setup
         except ValueError as error:
             raise ValueError(f"--{error}") from error
-        found = estimate(case, callback=lambda stage: say(f"compiling {stage}"))
+        with _interruptible():
+            found = estimate(case, callback=functools.partial(_compiling, target))
         fits = fits and found.fits
         if hosts.is_first():
             print(f"{title(work, count, case)}\n{table(found)}\n{verdict(found)}\n", flush=True)
     raise SystemExit(0 if fits else 1)
+
+
+def _compiling(target: Target, stage: str) -> None:
+    slow = target.topology is not None and stage in ("image", "decode")
+    say(f"compiling {stage}" + ", which takes ten minutes and more" * slow)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Signals end the process at once: Python's handlers would wait for the compiler."""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            before[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _target(values: flags.FlagValues) -> Target:
@@ -157,6 +181,8 @@ def _notes(found: Estimate) -> list[str]:
     origin = "estimated" if chip.platform == "tpu" else "measured on an H200"
     denoise = next(row.need.seconds for row in found.rows if row.stage == "denoise")
     assert denoise is not None
+    if chip.platform == "gpu":
+        notes.append("memory: what JAX takes of a card, see XLA_PYTHON_CLIENT_MEM_FRACTION")
     if found.case.quantize is not None:
         notes.append("seconds are those without --quantize, which takes fewer")
     return [

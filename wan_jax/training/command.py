@@ -53,6 +53,7 @@ class Plan(NamedTuple):
 
     config: with size, frames and fps filled in. network: None for a checkpoint that is not here.
     source: what loading.prepare() takes. requests: the samples. encoded: where latents are kept.
+    done: the steps that a checkpoint in `out` has behind it.
     """
 
     config: TrainConfig
@@ -62,6 +63,7 @@ class Plan(NamedTuple):
     requests: list[Request]
     out: Path
     encoded: Path
+    done: int = 0
 
 
 class _Model(NamedTuple):
@@ -135,9 +137,9 @@ def make_plan(values: flags.FlagValues) -> Plan:
         settings, requests = _checked(settings, network)
     except ValueError as error:
         raise ValueError(f"--config {values.config}: {error}") from error
-    plan = Plan(settings, network, source, examples, requests, out, encoded)
     there = saving.check(out, _settled(settings, values.dtype))
-    saving.check_space(out, (settings.keep + 1 - there) * _state_bytes(settings, network))
+    plan = Plan(settings, network, source, examples, requests, out, encoded, max(there, default=0))
+    saving.check_space(out, (settings.keep + 1 - len(there)) * _state_bytes(settings, network))
     if not settings.lora_rank:
         known = {"config": _json(settings), "dtype": values.dtype}
         results.check_free(_result(plan), known)
@@ -165,13 +167,15 @@ def describe(plan: Plan) -> str:
     count = f"LoRA of rank {own.lora_rank}" if own.lora_rank else "all weights"
     epochs = own.steps * own.batch_size / len(plan.examples)
     kind = "not on this machine" if plan.network is None else _numbers(plan)
+    sizes = [own.size or "size", f"{own.frames or 'its'} frames", f"{own.fps or 'its'} fps"]
+    more = f", {len(plan.requests)} samples every {own.sample_every}" if plan.requests else ""
+    clips = "1 clip" if own.batch_size == 1 else f"{own.batch_size} clips"
     return (
         f"train {count} of {own.ckpt_dir or shipped.default()} ({kind})\n"
-        f"data: {len(plan.examples)} examples at {own.size}, {own.frames} frames, {own.fps} fps, "
+        f"data: {len(plan.examples)} examples, not opened yet, at {', '.join(map(str, sizes))}, "
         f"encoded into {plan.encoded}\n"
-        f"{own.steps} steps of {own.batch_size} clips, about {epochs:.1f} epochs; a checkpoint "
-        f"every {own.checkpoint_every} steps, {len(plan.requests)} samples every "
-        f"{own.sample_every}\n"
+        f"{own.steps} steps of {clips}, about {epochs:.1f} epochs; a checkpoint every "
+        f"{own.checkpoint_every} steps{more}\n"
         f"result: {_result(plan)}"
     )
 
@@ -209,6 +213,8 @@ def _result(plan: Plan) -> Path:
 def execute(values: flags.FlagValues, plan: Plan) -> None:
     """Encode the data, train, write the result; Stopped after a signal and a checkpoint."""
     devices.start(values)
+    if plan.done:
+        say(f"{plan.done} of {plan.config.steps} steps were made before; the rest follows")
     layout = _layout(plan.config)
     report = Reporter()
     source = loading.prepare(
@@ -318,7 +324,7 @@ def _train(
             for path in maker.make(int(state.step), network, lambda: bool(signals)):
                 say(f"saved {path}")
 
-    bar = _Bar()
+    bar = _Bar(plan.done, own.steps)
     with runner.held_back(active=True) as signals:
         state = run(
             model.params,
@@ -379,17 +385,14 @@ def _json(own: TrainConfig) -> dict[str, Any]:
 class _Bar:
     """The training's progress on the terminal."""
 
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
+    def __init__(self, done: int, steps: int) -> None:
+        self._bar = tqdm(total=steps, initial=done, desc="train", unit="step")
 
     def __call__(self, report: Report) -> None:
-        if self._bar is None:
-            self._bar = tqdm(total=report.steps, initial=report.step, desc="train", unit="step")
         self._bar.update(report.step - self._bar.n)
         loss, pace = report.metrics["loss"], report.seconds
         self._bar.set_postfix_str(f"loss {loss:.4f}, {pace:.2f} s/step")
 
     def close(self) -> None:
         """End the bar's line."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

@@ -69,21 +69,21 @@ class Saver:
         return State(**self._manager.restore(step, args=arguments)["state"])
 
 
-def check(out: Path, known: Mapping[str, Any]) -> int:
-    """How many checkpoints there are in OUT; ValueError if the newest is of another training.
+def check(out: Path, known: Mapping[str, Any]) -> list[int]:
+    """Of what steps there are checkpoints in OUT; ValueError if the newest is of another training.
 
     known: of the facts those that are known so far.
     """
     folder = (out / FOLDER).absolute()
     if not folder.is_dir():
-        return 0
+        return []
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
-        steps = manager.all_steps()
+        steps = sorted(manager.all_steps())
         if steps:
-            found, wanted = _facts(manager, max(steps)), json.loads(json.dumps(known))
+            found, wanted = _facts(manager, steps[-1]), json.loads(json.dumps(known))
             _compare(folder, _part(found, wanted), wanted)
-    return len(steps)
+    return steps
 
 
 def check_space(out: Path, needed: int) -> None:
