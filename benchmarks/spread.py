@@ -4,11 +4,12 @@
 
 Random weights made on the cards, 81 frames, both branches of guidance, through the sampler as a run
 goes through it. Cards of one machine differ by a few percent, and those that work together wait for
-the slowest. So for the plan of one device every card computes the step by itself, all at the same
-time: `cards` are their seconds, and efficiency is t1 / (n tn) with the mean of those n cards as t1,
-`of_first` with the first card's. The VAE's is of the first card; its frames come to the host as
-bytes, and the best of three counts. apart is the relative L2 of the latents from those of one GPU,
-for the VAE the PSNR of float frames. Prints one table and writes results/spread.json.
+the slowest. So a plan of n is compared with the same n cards when each computes a step by itself,
+all at the same time, "each n": `cards` are their seconds, and efficiency is t1 / (n tn) with their
+mean as t1, `of_first` with the first card's. The VAE's t1, "1", is of the first card; its frames
+come to the host as bytes, and the best of three counts. apart is the relative L2 of the latents
+from those of one GPU, for the VAE the PSNR of float frames. Prints one table and writes
+results/spread.json.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from runs import Case, Rows, listed, parser, run
 
 LABELS = {"dit": "{}, a guided step", "vae": "VAE, decode {}"}
 ONE = "1"  # the plan of one device
+EACH = "each "  # and so many, that have a video each
 _PATIENCE = 300.0  # seconds that cards wait for each other
 
 
@@ -42,15 +44,30 @@ def plan_of(text: str) -> Any:
     return Plan(**sizes, dit_fsdp=any(split for *_, split in found))
 
 
-def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
-    """Seconds of a guided step, the first left out, and the latents in a file."""
+def cards_of(text: str) -> int:
+    """Of "each 4" so many; else one."""
+    return int(text.removeprefix(EACH)) if text.startswith(EACH) else 1
+
+
+def plans_of(part: str, plans: Sequence[str]) -> list[str]:
+    """What is measured: these plans and, before them, what they are compared with."""
+    if part == "vae":
+        return [ONE, *plans]
+    return [*(f"{EACH}{n}" for n in sorted({plan_of(plan).devices for plan in plans})), *plans]
+
+
+def run_steps(model: str, plan: Any, steps: int, out: Path, *, cards: int = 1) -> dict[str, Any]:
+    """Seconds of a guided step, the first left out, and the latents in a file.
+
+    cards: with the plan of one device, how many compute it each by itself at the same time.
+    """
     import jax
 
     if plan.devices > 1:
         latents, times = take_steps(model, plan, steps)
         found = {"seconds": statistics.median(times[1:])}
     else:
-        devices = jax.devices()
+        devices = jax.devices()[:cards]
         ready = threading.Barrier(len(devices), timeout=_PATIENCE)
 
         def alone(device: jax.Device) -> tuple[np.ndarray, list[float]]:
@@ -60,8 +77,8 @@ def run_steps(model: str, plan: Any, steps: int, out: Path) -> dict[str, Any]:
         with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
             each = list(pool.map(alone, devices))
         latents, times = each[0]
-        cards = [statistics.median(own[1:]) for _, own in each]
-        found = {"seconds": statistics.fmean(cards), "cards": cards}
+        medians = [statistics.median(own[1:]) for _, own in each]
+        found = {"seconds": statistics.fmean(medians), "cards": medians}
     np.save(out, latents)
     return {**found, "first": times[0], "peak_gib": peak_gib()}
 
@@ -155,22 +172,30 @@ def apart(part: str, found: Path, truth: Path) -> dict[str, str]:
 def run_plan(text: str, case: str, folder: Path, *, steps: int, tiny: bool) -> dict[str, Any]:
     """One plan of a case "dit 14B" or "vae 1280x720"."""
     part, what = case.split()
-    plan, out = plan_of(text), folder / f"{part}-{what}-{text}.npy"
+    plan, cards = plan_of(text), cards_of(text)
+    truth = folder / f"{part}-{what}.npy"
+    out = truth if plan.devices == 1 else folder / f"{part}-{what}-{text}.npy"
     if part == "dit":
-        found = run_steps(what, plan, steps, out)
+        found = run_steps(what, plan, steps, out, cards=cards)
     else:
         found = run_vae(what, plan, out, tiny=tiny)
-    return {**found, **apart(part, out, out.with_name(f"{part}-{what}-{ONE}.npy"))}
+    return {**found, **apart(part, out, truth)}
 
 
 def faster(rows: Rows) -> Rows:
     """The rows with how much faster than one device they are."""
-    alone = {row["what"]: row for row in rows if row["plan"] == ONE and "seconds" in row}
-    for row in rows:
-        if row["plan"] != ONE and "seconds" in row and row["what"] in alone:
-            one, count = alone[row["what"]], plan_of(row["plan"]).devices
-            cards = one.get("cards", [one["seconds"]])
-            row["speedup"] = statistics.fmean(cards[:count]) / row["seconds"]
+    measured = [row for row in rows if "seconds" in row]
+    alone = {
+        (row["what"], row["plan"]): row.get("cards", [row["seconds"]])
+        for row in measured
+        if plan_of(row["plan"]).devices == 1
+    }
+    for row in measured:
+        count = plan_of(row["plan"]).devices
+        same, one = ((row["what"], plan) for plan in (f"{EACH}{count}", ONE))
+        cards = alone.get(same, alone.get(one))
+        if count > 1 and cards:
+            row["speedup"] = statistics.fmean(cards) / row["seconds"]
             row["efficiency"] = row["speedup"] / count
             row["of_first"] = cards[0] / row["seconds"] / count
     return rows
@@ -208,7 +233,7 @@ def main() -> None:
         cases = []
         for case in whole:
             part, what = case.split()
-            for plan in (ONE, *listed(arguments.plans)):
+            for plan in plans_of(part, listed(arguments.plans)):
                 own = ["--child", plan, "--case", case, "--out", folder, "--steps", str(steps)]
                 cases.append(Case({"what": LABELS[part].format(what), "plan": plan}, own))
         options: dict[str, Any] = {"arguments": arguments, "columns": columns, "derive": faster}

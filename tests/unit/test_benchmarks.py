@@ -93,20 +93,23 @@ def test_residual(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_spread(load: Load, tmp_path: Path) -> None:
-    """Every device computes the steps of the plan of one by itself."""
-    import jax
-
+    """A plan of two beside two devices that compute each by itself."""
     benchmark = load("spread")
-    one = benchmark.run_steps("tiny", benchmark.plan_of("1"), 3, tmp_path / "dit-tiny-1.npy")
-    assert len(one["cards"]) == jax.device_count() and min(one["cards"]) > 0
-    two = benchmark.run_plan("guidance2", "dit tiny", tmp_path, steps=3, tiny=True)
-    assert two["seconds"] > 0 and float(two["apart"]) < 0.01
+    alone, two = benchmark.plans_of("dit", ["guidance2"])
+    one, found = (
+        benchmark.run_plan(plan, "dit tiny", tmp_path, steps=3, tiny=True) for plan in (alone, two)
+    )
+    assert len(one["cards"]) == 2 and min(one["cards"]) > 0 and "apart" not in one
+    assert found["seconds"] > 0 and float(found["apart"]) < 0.01
+    assert benchmark.plans_of("dit", ["ulysses4", "ring2", "ulysses2"])[:2] == ["each 2", "each 4"]
+    assert benchmark.plans_of("vae", ["ulysses4"]) == ["1", "ulysses4"]
 
 
 def test_efficiency_is_by_the_mean_of_the_cards_that_are_used(load: Load) -> None:
-    cards = [8.0, 12.0, 20.0, 20.0]
+    two, four = [8.0, 12.0], [8.0, 12.0, 20.0, 20.0]
     rows = [
-        {"what": "a step", "plan": "1", "seconds": 15.0, "cards": cards},
+        {"what": "a step", "plan": "each 4", "seconds": 15.0, "cards": four},
+        {"what": "a step", "plan": "each 2", "seconds": 10.0, "cards": two},
         {"what": "a step", "plan": "guidance2", "seconds": 5.0},
         {"what": "a step", "plan": "guidance2xulysses2", "seconds": 4.0},
         {"what": "a step", "plan": "ring2", "error": "no memory"},
@@ -117,8 +120,9 @@ def test_efficiency_is_by_the_mean_of_the_cards_that_are_used(load: Load) -> Non
         (r.get("speedup"), r.get("efficiency"), r.get("of_first"))
         for r in load("spread").faster(rows)
     ]
-    assert found[1:4] == [(2.0, 1.0, 0.8), (3.75, 0.9375, 0.5), (None, None, None)]
-    assert found[5] == (3.0, 0.75, 0.75) and found[0] == found[4] == (None, None, None)
+    nothing = (None, None, None)
+    assert found[:4] == [nothing, nothing, (2.0, 1.0, 0.8), (3.75, 0.9375, 0.5)]
+    assert found[4:] == [nothing, nothing, (3.0, 0.75, 0.75)]
 
 
 def test_umt5(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
