@@ -31,12 +31,10 @@ def rows_of(model: str) -> int:
     """Tokens of a video, filled up as a run does on NVIDIA."""
     import jax.numpy as jnp
 
-    from wan_jax.attention import row_tile
+    from wan_jax.sequence import share_of
 
     t, h, w = LATENTS[model]
-    tokens = t * (h // 2) * (w // 2)
-    tile = row_tile(tokens, jnp.bfloat16)
-    return -(-tokens // tile) * tile
+    return share_of(t * (h // 2) * (w // 2), jnp.dtype(jnp.bfloat16)).rows
 
 
 def run_ours(model: str) -> None:

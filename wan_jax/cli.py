@@ -1,5 +1,6 @@
 """The flags both scripts share, progress on the terminal, and how errors reach the user."""
 
+import contextlib
 import functools
 import math
 import re
@@ -7,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -154,9 +155,8 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
 
     def guarded(_: list[str]) -> None:
         logging.set_verbosity(logging.FATAL)  # Orbax tells its own story, errors in pages
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, _terminated)
+        for number in heard():
+            signal.signal(number, _terminated)
         more = f"; {advice}" if advice else ""
         try:
             main(flags.FLAGS)
@@ -178,6 +178,23 @@ def run(main: Callable[[flags.FlagValues], None], *, advice: str = "") -> None:
             raise
 
     app.run(guarded, flags_parser=parse)
+
+
+def heard() -> list[int]:
+    """The signals that end a program, but for those that it was started to ignore, as by nohup."""
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in ending if signal.getsignal(number) != signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def handled(numbers: Sequence[int], handler: Callable[[int, Any], None] | int) -> Iterator[None]:
+    """Signals are this handler's during the block."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 _received: list[int] = []

@@ -26,7 +26,7 @@ from wan_jax import (
     plans,
     resume,
 )
-from wan_jax.cli import Reporter, Stopped, say
+from wan_jax.cli import Reporter, Stopped, handled, say
 from wan_jax.jobs import Plan
 from wan_jax.outputs import Job, record_path, target
 from wan_jax.planning.budget import budget, start
@@ -382,9 +382,5 @@ def held_back(*, active: bool) -> Iterator[list[int]]:
     heard = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         heard.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in heard}
-    try:
+    with handled(heard, handle):
         yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

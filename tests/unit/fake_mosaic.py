@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 PATIENCE = 20.0  # seconds
@@ -234,6 +235,14 @@ class Mosaic:
             return jax.tree.unflatten(tree, map(jnp.asarray, results))
 
         return call
+
+
+def in_place_of_mosaic(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Mosaic:
+    """What a kernel's module has for Pallas from now on."""
+    fake = Mosaic()
+    for name in ("gpu", "pl", "lax"):
+        monkeypatch.setattr(module, name, getattr(fake, name))
+    return fake
 
 
 def _places(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -9,7 +9,7 @@ import pytest
 
 from tests import tolerances
 from tests.random_weights import relative_l2
-from tests.unit.fake_mosaic import Mosaic
+from tests.unit.fake_mosaic import Mosaic, in_place_of_mosaic
 from wan_jax import attention as module
 from wan_jax import cudnn, hopper, xla
 from wan_jax.attention import attention, partial_attention, row_tile
@@ -30,10 +30,7 @@ def draw(
 
 @pytest.fixture
 def mosaic(monkeypatch: pytest.MonkeyPatch) -> Mosaic:
-    fake = Mosaic()
-    for name in ("gpu", "pl", "lax"):
-        monkeypatch.setattr(hopper, name, getattr(fake, name))
-    return fake
+    return in_place_of_mosaic(hopper, monkeypatch)
 
 
 def exact(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from tests import tolerances
 from tests.random_weights import relative_l2
-from tests.unit.fake_mosaic import Mosaic
+from tests.unit.fake_mosaic import Mosaic, in_place_of_mosaic
 from wan_jax import hopper_norm, residual, xla
 from wan_jax.config import DiTConfig
 from wan_jax.dit import REMAT, Cond, DiT, Modulation
@@ -59,10 +59,7 @@ def exact(
 
 @pytest.fixture
 def mosaic(monkeypatch: pytest.MonkeyPatch) -> Mosaic:
-    fake = Mosaic()
-    for name in ("gpu", "pl", "lax"):
-        monkeypatch.setattr(hopper_norm, name, getattr(fake, name))
-    return fake
+    return in_place_of_mosaic(hopper_norm, monkeypatch)
 
 
 GATED = [g for count in range(4) for g in itertools.product((True, False), repeat=count)]

@@ -3,11 +3,9 @@
 No weight is read, nothing is downloaded or written and no program runs; they are compiled.
 """
 
-import contextlib
 import functools
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +13,7 @@ import jax
 from absl import flags
 
 from wan_jax import devices, hosts, jobs
-from wan_jax.cli import say
+from wan_jax.cli import handled, heard, say
 from wan_jax.planning import changes, targets
 from wan_jax.planning.estimate import Estimate, Row, estimate
 from wan_jax.planning.memory import Work, work_of
@@ -73,7 +71,8 @@ def show(values: flags.FlagValues, configs: Path) -> NoReturn:
             _ = case.setup
         except ValueError as error:
             raise ValueError(f"--{error}") from error
-        with _interruptible():
+        # At once: Python's handlers would wait for the compiler.
+        with handled(heard(), signal.SIG_DFL):
             found = estimate(case, callback=functools.partial(_compiling, target))
         fits = fits and found.fits
         if hosts.is_first():
@@ -84,20 +83,6 @@ def show(values: flags.FlagValues, configs: Path) -> NoReturn:
 def _compiling(target: Target, stage: str) -> None:
     slow = target.topology is not None and stage in ("image", "decode")
     say(f"compiling {stage}" + ", which takes ten minutes and more" * slow)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Signals end the process at once: Python's handlers would wait for the compiler."""
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            before[number] = signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _target(values: flags.FlagValues) -> Target:

@@ -167,12 +167,14 @@ def describe(plan: Plan) -> str:
     count = f"LoRA of rank {own.lora_rank}" if own.lora_rank else "all weights"
     epochs = own.steps * own.batch_size / len(plan.examples)
     kind = "not on this machine" if plan.network is None else _numbers(plan)
-    sizes = [own.size or "size", f"{own.frames or 'its'} frames", f"{own.fps or 'its'} fps"]
+    sizes = f"{own.size}, {own.frames} frames, {own.fps} fps"
+    if plan.network is None:
+        sizes = "the configuration's size, frames and fps, or else the checkpoint's"
     more = f", {len(plan.requests)} samples every {own.sample_every}" if plan.requests else ""
     clips = "1 clip" if own.batch_size == 1 else f"{own.batch_size} clips"
     return (
         f"train {count} of {own.ckpt_dir or shipped.default()} ({kind})\n"
-        f"data: {len(plan.examples)} examples, not opened yet, at {', '.join(map(str, sizes))}, "
+        f"data: {len(plan.examples)} examples, not opened yet, at {sizes}, "
         f"encoded into {plan.encoded}\n"
         f"{own.steps} steps of {clips}, about {epochs:.1f} epochs; a checkpoint every "
         f"{own.checkpoint_every} steps{more}\n"
