@@ -62,6 +62,7 @@ JOBS = {
     "dit_1.3B": Job(f"dit.py --models 1.3B {_DIT}", 4),
     "fp8": Job("fp8.py", 6),
     "training": Job("training.py --remats products,attention", 5),
+    "vae_decode": Job("vae.py --directions decode --sizes 1280x720", 7),
     "vae_encode": Job("vae.py --directions encode --sizes 1280x720", 7),
     "umt5": Job("umt5.py", 4),
     "end_to_end_1.3B": Job("end_to_end.py --model 1.3B", 5),
