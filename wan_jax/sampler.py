@@ -116,30 +116,30 @@ _jitted_copy = xla.jit(lambda state: jax.tree.map(jnp.copy, state))
 def _checked_step(
     dit: DiT,
     state: State,
-    row: Row,
+    row: Array,
     conds: spread.Branches,
     guidance: Array,
     known: Array | None,
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> tuple[State, Array]:
-    state = step(
-        dit, state, row, conds, guidance, known=known, implementation=implementation, layout=layout
-    )
+    given = dit, state, _row(row), conds, guidance
+    state = step(*given, known=known, implementation=implementation, layout=layout)
     return state, jnp.all(jnp.isfinite(state.x))
 
 
-# Public for who compiles it ahead of time.
+# Public for who compiles it ahead of time; its row is a vector, one array to bring to the devices.
 checked_step = xla.jit(
     _checked_step,
     attention=True,
+    exchanges=True,
     static_argnames=("implementation", "layout"),
     donate_argnames="state",
 )
 
 
-def _rows(schedule: Schedule) -> list[Row]:
-    return [Row._make(np.float32(value) for value in values) for values in schedule.table]
+def _row(values: Array) -> Row:
+    return Row._make(values[i] for i in range(len(Row._fields)))
 
 
 def sample(
@@ -165,19 +165,24 @@ def sample(
     """
     done, state = start if isinstance(start, Carry) else (0, start)
     state = _jitted_copy(state) if isinstance(state, State) else _jitted_start(state)
-    scale, rows = np.float32(guidance), _rows(schedule)
+    rows = np.asarray(schedule.table, np.float32)
     given: spread.Branches = tuple(conds)
+    scale = jnp.float32(guidance)
     if layout is not None:
-        given = spread.place(conds, layout)
+        given, scale = spread.place(conds, layout), layout.whole(scale)
     del conds
+    # Between two steps the devices wait for the host: it looks for the program once, brings a
+    # single array, and has asked for the answer before it is there.
+    run = checked_step.of(dit, state)
     for i, row in enumerate(rows[done:], start=done + 1):
-        state, finite = checked_step(
+        state, finite = run(
             dit, state, row, given, scale, known, implementation=implementation, layout=layout
         )
+        finite.copy_to_host_async()
         if not bool(finite):
             raise DivergedError(
                 f"latents became NaN or infinite at step {i} of {len(rows)} "
-                f"(timestep {row.timestep:g}); nothing after it can be right"
+                f"(timestep {row[0]:g}); nothing after it can be right"
             )
         if on_step is not None:
             on_step(Carry(i, state), len(rows))
@@ -200,11 +205,8 @@ def sample_scan(
     """
 
     def body(state: State, values: Array) -> tuple[State, None]:
-        row = Row._make(values[i] for i in range(len(Row._fields)))
-        state = step(
-            dit, state, row, tuple(conds), guidance, known=known, implementation=implementation
-        )
-        return state, None
+        given = dit, state, _row(values), tuple(conds), guidance
+        return step(*given, known=known, implementation=implementation), None
 
     state, _ = lax.scan(body, initial_state(noise_bthwc), table)
     return state.x

@@ -7,12 +7,16 @@ device. For self-attention, Ulysses members trade tokens for heads (DeepSpeed-Ul
 of the ring's members then go round (Ring Attention, Liu et al. 2023). Padding is not attended to.
 """
 
+import functools
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wan_jax import xla
 from wan_jax.attention import Partial, attention, merge, partial_attention, row_tile
 from wan_jax.sharding import RING, ULYSSES
 
@@ -69,31 +73,57 @@ class Share(NamedTuple):
         The heads must be a multiple of the Ulysses members. in_fp8: as attention() has it, but not
         in a ring, where results are joined by weights that the kernel of 8 bits does not tell.
         """
-        q, k, v = (self._heads(x) for x in (q_blnk, k_blnk, v_blnk))
+        run = functools.partial(self._among, implementation=implementation, in_fp8=in_fp8)
+        if self.ulysses == 1:
+            return run(q_blnk, k_blnk, v_blnk)
+        return self._traded(run, q_blnk, k_blnk, v_blnk)
+
+    def _traded(self, run: Callable[..., Array], *qkv_blnk: Array) -> Array:
+        """run() on the ring member's rows of a share of the heads, in groups, one after another.
+
+        While a group is worked on, the next one's queries, keys and values are on their way, and
+        what came of the one before is on its way back. The barriers keep this order: all that is
+        sent before the first group makes it wait, and the results of one could be sent with those
+        of the last.
+        """
+        given: list[list[Array]] = []
+        for heads in groups_of(qkv_blnk[0].shape[2] // self.ulysses):
+            parts = [self._apart(x, heads) for x in qkv_blnk]
+            if given:
+                parts, _ = lax.optimization_barrier((parts, given[-1]))
+            given.append([self._rows(self._swap(x)) for x in parts])
+        found: list[Array] = []
+        for group in given:
+            own = self._back(run(*group))
+            if found:
+                own, _ = lax.optimization_barrier((own, found[-1]))
+            found.append(self._swap(own))
+        whole = jnp.concatenate([jnp.moveaxis(own, 0, 2) for own in found], 3)
+        return whole.reshape(qkv_blnk[0].shape)
+
+    def _among(
+        self, q: Array, k: Array, v: Array, *, implementation: str | None, in_fp8: bool
+    ) -> Array:
+        """Attention of the ring member's rows of some heads."""
         if self.ring > 1:
-            out = self._around(q, k, v, implementation)
-        else:
-            # The queries of padding stay; what they give is cut by join().
-            out = attention(
-                q, k, v, count=self.tokens, implementation=implementation, in_fp8=in_fp8
-            )
-        return self._tokens(out)
+            return self._around(q, k, v, implementation)
+        # The queries of padding stay; what they give is cut by join().
+        return attention(q, k, v, count=self.tokens, implementation=implementation, in_fp8=in_fp8)
 
-    def _heads(self, x: Array) -> Array:
-        """Rows of all heads -> the ring member's rows of a share of the heads."""
-        if self.ulysses == 1:
-            return x
-        b, rows, n, k = x.shape
-        parts = jnp.moveaxis(x.reshape(b, rows, self.ulysses, -1, k), 2, 0)
-        return self._swap(parts).swapaxes(0, 1).reshape(b, -1, n // self.ulysses, k)
+    def _apart(self, x: Array, heads: slice) -> Array:
+        """Rows of all heads -> of these of each member's share, a part for each member."""
+        b, rows, _, k = x.shape
+        return jnp.moveaxis(x.reshape(b, rows, self.ulysses, -1, k)[..., heads, :], 2, 0)
 
-    def _tokens(self, x: Array) -> Array:
-        """Back again."""
-        if self.ulysses == 1:
-            return x
+    def _rows(self, parts: Array) -> Array:
+        """The parts that came from each member -> the ring member's rows of some heads."""
+        _, b, _, n, k = parts.shape
+        return parts.swapaxes(0, 1).reshape(b, -1, n, k)
+
+    def _back(self, x: Array) -> Array:
+        """The ring member's rows of some heads -> a part for each member."""
         b, _, n, k = x.shape
-        parts = x.reshape(b, self.ulysses, -1, n, k).swapaxes(0, 1)
-        return jnp.moveaxis(self._swap(parts), 0, 2).reshape(b, -1, n * self.ulysses, k)
+        return x.reshape(b, self.ulysses, -1, n, k).swapaxes(0, 1)
 
     def _swap(self, parts: Array) -> Array:
         """Of parts [ulysses, b, rows, n, k], one for each member, those that they have for this.
@@ -122,6 +152,19 @@ class Share(NamedTuple):
                 pair, found = lax.optimization_barrier((coming, found))
         assert found is not None
         return found[0].astype(q.dtype)
+
+
+def groups_of(heads: int) -> list[slice]:
+    """The heads of a Ulysses member in up to three groups; on a TPU in one.
+
+    The first one's journey and the last one's way back are all that is waited for: so they are a
+    fifth of the heads; but of two heads at least, or the journeys of the second would take longer
+    than the first is worked on. A TPU's compiler lets no exchange travel under a kernel.
+    """
+    if xla.traced_for().platform == "tpu":
+        return [slice(0, heads)]
+    outer = max(heads // 5, min(2, heads // 2))
+    return [slice(*ends) for ends in pairwise(sorted({0, outer, heads - outer, heads}))]
 
 
 def share_of(tokens: int, dtype: jnp.dtype, *, ring: int = 1, ulysses: int = 1) -> Share:

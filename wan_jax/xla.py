@@ -11,40 +11,53 @@ from jax import lax
 
 from wan_jax import host_memory
 
+Options = dict[str, bool | int | str]
 # GPU: without the NHWC layout cuDNN's 3D convolutions transpose input and output (1.4 to 1.9 times
 # slower on an H200). Triton's products would leave the bias and the GELU to passes of their own,
 # and round in between; cuBLASLt's take them along (layers.linear). CPU: code motion would convert
 # all layers of a bfloat16 stack to float32 before the scan, 18 GiB for UMT5-XXL.
-_GPU: dict[str, bool | str] = {
+_GPU: Options = {
     "xla_gpu_force_conv_nhwc": True,
     "xla_gpu_enable_triton_gemm": False,
 }
-_OPTIONS: dict[str, dict[str, bool | str]] = {
+_OPTIONS: dict[str, Options] = {
     "gpu": _GPU,
     "cuda": _GPU,
     "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
 }
 # GPU: for programs that read layers of weights from the host's memory. Without it a layer is not
 # copied before the computation of the one before is over.
-_STREAMING: dict[str, dict[str, bool | str]] = {
+_STREAMING: dict[str, Options] = {
     platform: {"xla_gpu_enable_pipelined_host_offloading": True} for platform in ("gpu", "cuda")
 }
 # v5p lets a kernel have 16 MiB of VMEM by default, and the tiles of attention.py need more. This is
 # for programs with attention: a convolution that may have it takes five times as long to compile.
-_ROOM: dict[str, bool | str] = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+_ROOM: Options = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 _ATTENTION = {"TPU v5": _ROOM, "TPU v5p": _ROOM}
+# GPU: queries, keys and values of some heads travel while others are worked on, and what came of
+# those before (sequence.py); by default there is one exchange at a time.
+_EXCHANGES: dict[str, Options] = {
+    platform: {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
+    for platform in ("gpu", "cuda")
+}
 _HOPPER = ("H100", "H200", "H800", "GH200")  # by jax
 
 
 def compiler_options(
-    platform: str, kind: str = "", *, attention: bool = False, streams: bool = False
-) -> dict[str, bool | str]:
+    platform: str,
+    kind: str = "",
+    *,
+    attention: bool = False,
+    exchanges: bool = False,
+    streams: bool = False,
+) -> Options:
     """XLA options of every program for "gpu", "cpu" or "tpu", of devices of this kind.
 
-    attention: those of a program whose attention is as long as a video. streams: of one whose
-    weights lie in the host's memory.
+    attention: those of a program whose attention is as long as a video. exchanges: of one whose
+    devices trade heads for it. streams: of one whose weights lie in the host's memory.
     """
     options = _OPTIONS.get(platform, {}) | (_ATTENTION.get(kind, {}) if attention else {})
+    options = options | (_EXCHANGES.get(platform, {}) if exchanges else {})
     return options | (_STREAMING.get(platform, {}) if streams else {})
 
 
@@ -109,21 +122,26 @@ class Program:
     """What jit() gives: called, or by on(device).trace(...) compiled ahead of time."""
 
     def __init__(
-        self, function: Callable[..., Any], arguments: dict[str, Any], *, attention: bool
+        self, function: Callable[..., Any], arguments: dict[str, Any], own: dict[str, bool]
     ) -> None:
         functools.update_wrapper(self, function)
-        self._function, self._arguments, self._attention = function, arguments, attention
+        self._function, self._arguments, self._own = function, arguments, own
         self._made: dict[tuple[str, str, bool], Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.on(_device(args), streams=host_memory.lies_in(args))(*args, **kwargs)
+        return self.of(*args)(*args, **kwargs)
+
+    def of(self, *args: Any) -> Any:
+        """What jax.jit() gives for arrays that lie where these do; a call looks each time."""
+        return self.on(_device(args), streams=host_memory.lies_in(args))
 
     def on(self, device: jax.Device, *, streams: bool = False) -> Any:
         """What jax.jit() gives for devices of this kind; streams: as compiler_options() has it."""
-        key = device.platform, device.device_kind, streams
+        platform, kind = device.platform, device.device_kind
+        key = platform, kind, streams
         if key not in self._made:
-            options = compiler_options(*key[:2], attention=self._attention, streams=streams)
-            function = _traced_for(Traced(*key[:2]), self._function)
+            options = compiler_options(platform, kind, **self._own, streams=streams)
+            function = _traced_for(Traced(platform, kind), self._function)
             self._made[key] = jax.jit(function, compiler_options=options, **self._arguments)
         return self._made[key]
 
@@ -142,13 +160,19 @@ def _traced_for(devices: Traced, function: Callable[..., Any]) -> Callable[..., 
     return told
 
 
-def jit(function: Callable[..., Any], *, attention: bool = False, **arguments: Any) -> Program:
+def jit(
+    function: Callable[..., Any],
+    *,
+    attention: bool = False,
+    exchanges: bool = False,
+    **arguments: Any,
+) -> Program:
     """jax.jit(function, **arguments) with the options of the device that its first array is on.
 
     The program is made at the first call: asking for the device on import would start it.
-    attention: whether it has attention as long as a video.
+    attention, exchanges: as compiler_options() has them.
     """
-    return Program(function, arguments, attention=attention)
+    return Program(function, arguments, {"attention": attention, "exchanges": exchanges})
 
 
 def _device(args: Any) -> jax.Device:

@@ -145,14 +145,37 @@ def test_rows_in_tiles_give_the_same_latents(
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(("plan", "guards"), [(Plan(ulysses=2), 2), (Plan(), 0)], ids=str)
-def test_queries_and_keys_that_travel_are_made_apart(dit: DiT, plan: Plan, guards: int) -> None:
-    """Or one product makes both, and there is nothing to do while they are on their way."""
+@pytest.mark.parametrize(
+    ("plan", "exchanges", "guards"),
+    [(Plan(), 0, 0), (Plan(ulysses=2), 12, 6), (Plan(ulysses=6), 8, 4)],
+    ids=str,
+)
+def test_heads_travel_in_groups(dit: DiT, plan: Plan, exchanges: int, guards: int) -> None:
+    """Each group's queries, keys, values and results; queries and keys are made apart.
+
+    Or one product makes both, and there is nothing to do while they are on their way. As many
+    guards more keep what groups send in order, there and back.
+    """
     layout = layout_of(plan)
     placed = spread.place(conditions(dit, 1), layout)
     run = functools.partial(spread.velocity, layout=layout)
-    program = jax.make_jaxpr(run)(dit, noise("75 tokens"), 500.0, placed, jnp.float32(3.0))
-    assert str(program).count("optimization_barrier") == guards
+    program = str(jax.make_jaxpr(run)(dit, noise("75 tokens"), 500.0, placed, jnp.float32(3.0)))
+    assert program.count("all_to_all[") == exchanges
+    assert program.count("optimization_barrier") == guards
+
+
+@pytest.mark.parametrize(
+    ("heads", "sizes"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (6, [2, 2, 2]), (20, [4, 12, 4])]
+)
+def test_groups_of_heads(heads: int, sizes: list[int]) -> None:
+    groups = sequence.groups_of(heads)
+    assert [group.stop - group.start for group in groups] == sizes
+
+
+@pytest.mark.parametrize("heads", range(1, 42))
+def test_groups_hold_each_head_once(heads: int) -> None:
+    held = [head for group in sequence.groups_of(heads) for head in range(heads)[group]]
+    assert held == list(range(heads))
 
 
 def test_each_device_of_the_guidance_holds_its_branch_only(dit: DiT) -> None:

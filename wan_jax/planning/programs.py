@@ -19,7 +19,7 @@ from wan_jax.dit import DiT
 from wan_jax.planning.costs import image_tokens
 from wan_jax.planning.memory import Work
 from wan_jax.plans import Plan
-from wan_jax.schedulers import Row
+from wan_jax.schedulers import COLUMNS
 from wan_jax.sharding import Layout
 from wan_jax.weights import trees
 from wan_jax.weights.sources import abstract_part
@@ -130,9 +130,8 @@ class _Builder(NamedTuple):
         if self.config.images:
             channels = self.config.dit.in_channels - own.latent_shape[-1]
             known = self._whole((1, *own.latent_shape[:3], channels), jnp.float32)
-        scalar: Any = Shape((), jnp.float32)
-        row = Row(*(scalar for _ in Row._fields))
-        arguments = network, sampler.State(x, x, x, x), row, conds, scalar, known
+        row, scale = Shape((len(COLUMNS),), jnp.float32), self._whole((), jnp.float32)
+        arguments = network, sampler.State(x, x, x, x), row, conds, scale, known
         return Stage("denoise", "dit", sampler.checked_step, arguments, {"layout": layout})
 
     def decode(self) -> Stage:
