@@ -23,7 +23,7 @@ CASES = {
     "convert": "T2V-1.3B to Orbax, {run}",
     "dit": "{model}, one forward",
     "end_to_end": "denoising, {model}, {steps} steps",
-    "memory": "{case}, {how}",
+    "memory": "{model}, {case}, {how}",
     "restore": "{model}, devices: {devices}, split: {split}",
     "spread": "{what}, plan {plan}",
     "startup": "{case}, {how}",
@@ -65,6 +65,9 @@ def lines_of(name: str, found: dict[str, Any], run: int) -> Iterator[tuple[str, 
             yield (benchmark, text, *_numbers(own, best, number), share, _peak(own), f"[{run}]")
             if own is not None and "step_seconds" in own:
                 yield (benchmark, f"{text}: a step", *_step(own), "-", "-", f"[{run}]")
+            if own is not None and "to_mp4" in own:
+                spent = _seconds(own, "to_mp4")
+                yield (benchmark, f"{text}: all, to the mp4", spent, *"----", f"[{run}]")
 
 
 def _step(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -91,6 +94,8 @@ def _numbers(
         ratio += " to bfloat16" if own.get("kind") == NARROW else ""
     elif own is not None and "to_whole" in own:
         ratio = f"{own['to_whole']:.2f} to the whole"
+    elif own is not None and "efficiency" in own:
+        ratio = f"{own['efficiency']:.3f} efficient"
     if peer is not None:
         way = next((peer[key] for key in ("how", "backend") if key in peer), "@")
         name = f" ({peer['system']}{'' if way == '@' else ', ' + way})"

@@ -339,19 +339,27 @@ def test_the_table_tells_what_is_not_alike(load: Load, tmp_path: Path) -> None:
         {"case": "decode", "how": "8 GiB", "error": "XlaRuntimeError: RESOURCE_EXHAUSTED: x"},
         {"case": "all", "how": "6GB", "seconds": 9.0, "step_seconds": 3.0, "step_ratio": 1.25},
     ]
-    make("memory_1.3B", {"device": "cpu"}, [{}]).write(rows)
+    make("memory_1.3B", {"device": "cpu", "model": "1.3B"}, [{}]).write(rows)
     rows = [
         {**same, "system": "diffusers", "backend": "native", "kind": "product bfloat16"},
         {**same, "system": "wan_jax", "how": "@", "kind": "product bfloat16", "share": 0.5},
         {**same, "system": "wan_jax", "how": "fp8", "kind": "product fp8"},
     ]
     make("dit_14B", {"device": "NVIDIA H200"}, [{}]).write(rows)
+    rows = [{"what": "14B, a guided step", "plan": "ring2", "seconds": 2.0, "efficiency": 0.9754}]
+    make("spread", {"device": "2 x NVIDIA H200"}, [{}]).write(rows)
+    rows = [{"system": "wan_jax", "denoise": 2.0, "to_mp4": 3.0}]
+    make("end_to_end_1.3B", {"device": "cpu", "model": "1.3B", "steps": 9}, [{}]).write(rows)
     found = load("table").render(tmp_path)
-    assert "| memory | decode, 8 GiB | no memory |" in found
-    assert "| memory | all, 6GB: a step | 3 s | - | 1.25 to no limit |" in found
+    assert "| memory | 1.3B, decode, 8 GiB | no memory |" in found
+    assert "| memory | 1.3B, all, 6GB: a step | 3 s | - | 1.25 to no limit |" in found
     peer = "2 s (diffusers, native)"
     assert f"| dit | 14B, one forward | 2 s | {peer} | 1.00 | 50 % |" in found
     assert f"| dit | 14B, one forward, fp8 | 2 s | {peer} | 1.00 to bfloat16 | - |" in found
+    assert "| spread | 14B, a guided step, plan ring2 | 2 s | - | 0.975 efficient |" in found
+    assert (
+        "| end_to_end | denoising, 1.3B, 9 steps: all, to the mp4 | 3 s | - | - | - | - |" in found
+    )
 
 
 # All of them
