@@ -74,7 +74,10 @@ def velocity(
     t_b = jnp.full((x.shape[0],), t, jnp.float32)
     if known is not None:
         x = jnp.concatenate([x, jnp.broadcast_to(known, (*x.shape[:-1], known.shape[-1]))], -1)
-    run = functools.partial(dit, implementation=implementation, fetch=host_memory.fetch_of(dit))
+    fetch = host_memory.fetch_of(dit)
+    run: Callable[..., Array] = functools.partial(dit, implementation=implementation, fetch=fetch)
+    if fetch is None:
+        run = jax.jit(run)  # traced and lowered once for both branches
     return spread.in_turn(run, x, t_b, conds, guidance)
 
 

@@ -153,10 +153,9 @@ def in_turn(
 
     run: (x, t_b, cond) -> velocity.
     """
-    if len(conds) == 1:
-        return run(x, t_b, conds[0])
-    run = jax.jit(run)  # which is traced and lowered once for both
     positive = run(x, t_b, conds[0])
+    if len(conds) == 1:
+        return positive
     # The barrier keeps the second branch's activations from living beside the first's.
     x, positive = lax.optimization_barrier((x, positive))
     negative = run(x, t_b, conds[1])
