@@ -159,7 +159,7 @@ def main() -> None:
         columns = ("case", "how", "seconds", "step_seconds", "step_ratio", "streamed", "made")
         columns += ("peak_gib", "pool_gib", "card_gib", "limit_gib")
         options: dict[str, Any] = {"arguments": arguments, "columns": columns, "derive": slower}
-        run(f"memory_{model}", __file__, cases, facts={"model": model}, **options)
+        run(f"memory_{model}", __file__, cases, **options)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -42,6 +42,7 @@ def benchmark_of(name: str) -> str:
 def lines_of(name: str, found: dict[str, Any], run: int) -> Iterator[tuple[str, ...]]:
     """The lines of a file of results; run: the number of the file."""
     benchmark = benchmark_of(name)
+    found = {"model": name.removeprefix(f"{benchmark}_"), **found}
     pattern, number = CASES.get(benchmark, "{case}"), COMPARED.get(benchmark, "seconds")
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in found["rows"]:
@@ -66,8 +67,8 @@ def lines_of(name: str, found: dict[str, Any], run: int) -> Iterator[tuple[str, 
             if own is not None and "step_seconds" in own:
                 yield (benchmark, f"{text}: a step", *_step(own), "-", "-", f"[{run}]")
             if own is not None and "to_mp4" in own:
-                spent = _seconds(own, "to_mp4")
-                yield (benchmark, f"{text}: all, to the mp4", spent, *"----", f"[{run}]")
+                spent = _seconds(own, "to_mp4"), "-", "-"
+                yield (benchmark, f"{text}: all, to the mp4", *spent, "-", "-", f"[{run}]")
 
 
 def _step(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -3,7 +3,8 @@
 The numbers are float8_e4m3fn: 3 bits of mantissa, at most 448, even steps below 2^-6. Scales are
 powers of two. An array times such a scale is exact in bfloat16, so what is multiplied without 8-bit
 units, as in the tests, has the very operands of a Hopper GPU; and as two scales give different bits
-to small values only, neither the members of a batch nor how tokens lie on devices matter much.
+to small values only, neither the members of a batch nor how tokens and heads lie on devices matter
+much.
 """
 
 import math

@@ -75,10 +75,8 @@ def velocity(
     if known is not None:
         x = jnp.concatenate([x, jnp.broadcast_to(known, (*x.shape[:-1], known.shape[-1]))], -1)
     fetch = host_memory.fetch_of(dit)
-    run: Callable[..., Array] = functools.partial(dit, implementation=implementation, fetch=fetch)
-    if fetch is None:
-        run = jax.jit(run)  # traced and lowered once for both branches
-    return spread.in_turn(run, x, t_b, conds, guidance)
+    run = functools.partial(dit, implementation=implementation, fetch=fetch)
+    return spread.in_turn(run, x, t_b, conds, guidance, streams=fetch is not None)
 
 
 def step(
@@ -175,7 +173,7 @@ def sample(
         given, scale = spread.place(conds, layout), layout.whole(scale)
     del conds
     # Between two steps the devices wait for the host: it looks for the program once, brings a
-    # single array, and has asked for the answer before it is there.
+    # single array, and has asked whether the latents are finite before they are there.
     run = checked_step.of(dit, state)
     for i, row in enumerate(rows[done:], start=done + 1):
         state, finite = run(
@@ -185,7 +183,7 @@ def sample(
         if not bool(finite):
             raise DivergedError(
                 f"latents became NaN or infinite at step {i} of {len(rows)} "
-                f"(timestep {row[0]:g}); nothing after it can be right"
+                f"(timestep {_row(row).timestep:g}); nothing after it can be right"
             )
         if on_step is not None:
             on_step(Carry(i, state), len(rows))

@@ -3,8 +3,9 @@
 Ring member r and Ulysses member u hold run r * ulysses + u of as many equal runs of tokens as there
 are devices; the last runs are padded. All but self-attention knows single tokens and needs no other
 device. For self-attention, Ulysses members trade tokens for heads (DeepSpeed-Ulysses, Jacobs et al.
-2023), after which each holds the ring member's tokens for a share of the heads; the keys and values
-of the ring's members then go round (Ring Attention, Liu et al. 2023). Padding is not attended to.
+2023), after which each holds the ring member's tokens for a share of the heads, a group of those
+after another; the keys and values of the ring's members then go round (Ring Attention, Liu et al.
+2023). Padding is not attended to.
 """
 
 import functools
@@ -91,7 +92,7 @@ class Share(NamedTuple):
             parts = [self._apart(x, heads) for x in qkv_blnk]
             if given:
                 parts, _ = lax.optimization_barrier((parts, given[-1]))
-            given.append([self._rows(self._swap(x)) for x in parts])
+            given.append([self._together(self._swap(x)) for x in parts])
         found: list[Array] = []
         for group in given:
             own = self._back(run(*group))
@@ -115,7 +116,7 @@ class Share(NamedTuple):
         b, rows, _, k = x.shape
         return jnp.moveaxis(x.reshape(b, rows, self.ulysses, -1, k)[..., heads, :], 2, 0)
 
-    def _rows(self, parts: Array) -> Array:
+    def _together(self, parts: Array) -> Array:
         """The parts that came from each member -> the ring member's rows of some heads."""
         _, b, _, n, k = parts.shape
         return parts.swapaxes(0, 1).reshape(b, -1, n, k)
@@ -157,9 +158,10 @@ class Share(NamedTuple):
 def groups_of(heads: int) -> list[slice]:
     """The heads of a Ulysses member in up to three groups; on a TPU in one.
 
-    The first one's journey and the last one's way back are all that is waited for: so they are a
-    fifth of the heads; but of two heads at least, or the journeys of the second would take longer
-    than the first is worked on. A TPU's compiler lets no exchange travel under a kernel.
+    The first one's journey and the last one's way back are all that is waited for: so each of the
+    two is a fifth of the heads. But it is two heads where there are four or more, and one of three
+    or two, or the journeys of the next would take longer than it is worked on. A TPU's compiler
+    lets no exchange travel under a kernel.
     """
     if xla.traced_for().platform == "tpu":
         return [slice(0, heads)]

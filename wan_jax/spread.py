@@ -107,7 +107,8 @@ def velocity(
         network, fetch = weights.gather(leaves)
         share = network.share(x.shape, ring=layout.size(RING), ulysses=layout.size(ULYSSES))
         run = functools.partial(network, implementation=implementation, fetch=fetch, share=share)
-        return _velocity(run, t, *arguments)
+        streams = host_memory.fetch_of(network) is not None
+        return _velocity(run, t, *arguments, streams=streams)
 
     specs = (weights.specs, WHOLE, branches, WHOLE, [_ROWS] * len(given))
     mapped = _map(run, layout, specs, _ROWS)
@@ -135,6 +136,8 @@ def _velocity(
     conds: Branches,
     guidance: Array,
     given: Sequence[Array],
+    *,
+    streams: bool,
 ) -> Array:
     """What one device computes: its videos, its tokens, its branches."""
     x = jnp.concatenate(given, -1)
@@ -143,16 +146,25 @@ def _velocity(
         own = run(x, t_b, jax.tree.map(lambda leaf: leaf[0], conds))
         positive, negative = lax.all_gather(own, GUIDANCE)
         return negative + guidance * (positive - negative)
-    return in_turn(run, x, t_b, conds, guidance)
+    return in_turn(run, x, t_b, conds, guidance, streams=streams)
 
 
 def in_turn(
-    run: Callable[..., Array], x: Array, t_b: Array, conds: Sequence[Cond], guidance: Array
+    run: Callable[..., Array],
+    x: Array,
+    t_b: Array,
+    conds: Sequence[Cond],
+    guidance: Array,
+    *,
+    streams: bool,
 ) -> Array:
     """The velocity of one branch, or of two that run in turn: v_neg + guidance * (v_pos - v_neg).
 
-    run: (x, t_b, cond) -> velocity.
+    run: (x, t_b, cond) -> velocity. streams: whether it reads weights in the host's memory. Without
+    those it is traced and lowered once for both branches; what a GPU's compiler makes of such
+    weights as arguments of a function within the program has not been tried.
     """
+    run = run if streams else jax.jit(run)
     positive = run(x, t_b, conds[0])
     if len(conds) == 1:
         return positive

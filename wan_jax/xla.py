@@ -54,7 +54,7 @@ def compiler_options(
     """XLA options of every program for "gpu", "cpu" or "tpu", of devices of this kind.
 
     attention: those of a program whose attention is as long as a video. exchanges: of one whose
-    devices trade heads for it. streams: of one whose weights lie in the host's memory.
+    devices may trade heads for it. streams: of one whose weights lie in the host's memory.
     """
     options = _OPTIONS.get(platform, {}) | (_ATTENTION.get(kind, {}) if attention else {})
     options = options | (_EXCHANGES.get(platform, {}) if exchanges else {})

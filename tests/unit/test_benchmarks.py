@@ -339,7 +339,7 @@ def test_the_table_tells_what_is_not_alike(load: Load, tmp_path: Path) -> None:
         {"case": "decode", "how": "8 GiB", "error": "XlaRuntimeError: RESOURCE_EXHAUSTED: x"},
         {"case": "all", "how": "6GB", "seconds": 9.0, "step_seconds": 3.0, "step_ratio": 1.25},
     ]
-    make("memory_1.3B", {"device": "cpu", "model": "1.3B"}, [{}]).write(rows)
+    make("memory_1.3B", {"device": "cpu"}, [{}]).write(rows)
     rows = [
         {**same, "system": "diffusers", "backend": "native", "kind": "product bfloat16"},
         {**same, "system": "wan_jax", "how": "@", "kind": "product bfloat16", "share": 0.5},

@@ -156,6 +156,17 @@ def test_passes_of_the_network(conds: tuple[float, ...]) -> None:
     assert sorted(seen) == sorted(conds * STEPS)
 
 
+def test_both_branches_are_traced_once() -> None:
+    traced = []
+
+    def network(x: Any, t: Any, cond: Any) -> Any:
+        traced.append(cond)
+        return cond * x
+
+    sample(_line(network), _noise(), _schedule(), (jnp.float32(1), jnp.float32(2)), guidance=2.0)
+    assert len(traced) == 1
+
+
 def test_a_step_is_its_row() -> None:
     stream = np.random.RandomState(5)
     row = Row(*stream.uniform(-1, 1, len(COLUMNS)).astype(np.float32))

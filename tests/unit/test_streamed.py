@@ -207,6 +207,16 @@ def test_programs_of_streamed_weights_have_the_options_for_it() -> None:
     assert xla.compiler_options("cpu", streams=True) == xla.compiler_options("cpu")
 
 
+def test_programs_that_trade_heads_have_the_options_for_it() -> None:
+    option = "xla_gpu_experimental_parallel_collective_overlap_limit"
+    for platform in ("gpu", "cuda"):
+        assert option not in xla.compiler_options(platform, attention=True)
+        options = xla.compiler_options(platform, attention=True, exchanges=True)
+        assert options[option] == 4
+        assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # this jaxlib knows it
+    assert xla.compiler_options("cpu", exchanges=True) == xla.compiler_options("cpu")
+
+
 def test_a_program_is_told_by_where_its_arrays_are(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     given = xla.compiler_options
