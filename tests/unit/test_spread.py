@@ -170,10 +170,8 @@ def test_heads_travel_in_groups(members: int, heads: int) -> None:
     )
     x = jnp.zeros((1, 48, heads, 8))
     (mapped,) = jax.make_jaxpr(run)(x, x, x).eqns
-    made_by = {
-        out: equation for equation in mapped.params["jaxpr"].eqns for out in equation.outvars
-    }
     equations = mapped.params["jaxpr"].eqns
+    made_by = {out: equation for equation in equations for out in equation.outvars}
     trades = [equation for equation in equations if equation.primitive.name == "all_to_all"]
     count = len(sequence.groups_of(heads // members))
     assert len(trades) == 4 * count
