@@ -24,7 +24,7 @@ setup(
     # Folders that are links are packaged as what they point to.
     package_data={"wan_jax": ["assets/*", "assets/*/*", "assets/*/*/*"]},
     install_requires=[
-        "jax>=0.10,<0.13",
+        "jax>=0.10.2,<0.13",
         "flax>=0.12,<0.13",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12.8,<0.13",
@@ -41,8 +41,8 @@ setup(
         "zstandard>=0.22",  # jax packs compiled programs with it; with zlib that takes seconds
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.10,<0.13", "nvidia-cudnn-cu13>=9.19"],
-        "tpu": ["jax[tpu]>=0.10,<0.13", GCS],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13", "nvidia-cudnn-cu13>=9.19"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13", GCS],
         "gcs": [GCS],  # gs:// paths
         "train": ["tensorboardX>=2.6"],  # --tensorboard
         # torch is pinned to the release with a CPU build that the parity bounds were set on.

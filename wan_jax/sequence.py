@@ -132,7 +132,17 @@ class Share(NamedTuple):
         So they are in the order of memory, and of one video nothing is left to transpose where
         tokens come together.
         """
-        return lax.all_to_all(parts, ULYSSES, split_axis=0, concat_axis=0)
+        if not xla.writes_to_peers():
+            return lax.all_to_all(parts, ULYSSES, split_axis=0, concat_axis=0)
+        members, own = self.ulysses, lax.axis_index(ULYSSES)
+        found = lax.empty(parts.shape, parts.dtype)
+        for step in range(members):
+            part = lax.dynamic_index_in_dim(parts, (own + step) % members, 0, keepdims=False)
+            if step:
+                there = [(member, (member + step) % members) for member in range(members)]
+                part = lax.ppermute(part, ULYSSES, there)
+            found = lax.dynamic_update_index_in_dim(found, part, (own - step) % members, 0)
+        return found
 
     def _around(self, q: Array, k: Array, v: Array, implementation: str | None) -> Array:
         """Attention to the keys of every ring member, which each passes on to the next."""
@@ -156,14 +166,15 @@ class Share(NamedTuple):
 
 
 def groups_of(heads: int) -> list[slice]:
-    """The heads of a Ulysses member in up to three groups; on a TPU in one.
+    """The heads of a Ulysses member in up to three groups.
 
     The first one's journey and the last one's way back are all that is waited for: so each of the
     two is a fifth of the heads. But it is two heads where there are four or more, and one of three
-    or two, or the journeys of the next would take longer than it is worked on. A TPU's compiler
-    lets no exchange travel under a kernel.
+    or two, or the journeys of the next would take longer than it is worked on. They are all in one
+    where a device does not write to the others: a TPU's compiler lets no exchange travel under a
+    kernel, and a GPU's kernels for it take the place of the blocks of attention.
     """
-    if xla.traced_for().platform == "tpu":
+    if not xla.writes_to_peers():
         return [slice(0, heads)]
     outer = max(heads // 5, min(2, heads // 2))
     return [slice(*ends) for ends in pairwise(sorted({0, outer, heads - outer, heads}))]

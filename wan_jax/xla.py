@@ -34,10 +34,17 @@ _STREAMING: dict[str, Options] = {
 # for programs with attention: a convolution that may have it takes five times as long to compile.
 _ROOM: Options = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 _ATTENTION = {"TPU v5": _ROOM, "TPU v5p": _ROOM}
-# GPU: queries, keys and values of some heads travel while others are worked on, and what came of
-# those before (sequence.py); by default there is one exchange at a time.
-_EXCHANGES: dict[str, Options] = {
-    platform: {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
+# GPUs that write to each other: queries, keys and values of some heads travel while others are
+# worked on, and what came of those before (sequence.py). The copy engines bring them; NCCL's
+# kernels would wait for the blocks of another and then hold up the rest of them. Each travels as
+# soon as it is there: by default there is one journey at a time, of all that would go together.
+_PEERS: dict[str, Options] = {
+    platform: {
+        "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+        "xla_gpu_collective_permute_combine_threshold_bytes": 0,
+        "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    }
     for platform in ("gpu", "cuda")
 }
 _HOPPER = ("H100", "H200", "H800", "GH200")  # by jax
@@ -57,7 +64,7 @@ def compiler_options(
     devices may trade heads for it. streams: of one whose weights lie in the host's memory.
     """
     options = _OPTIONS.get(platform, {}) | (_ATTENTION.get(kind, {}) if attention else {})
-    options = options | (_EXCHANGES.get(platform, {}) if exchanges else {})
+    options = options | (_PEERS.get(platform, {}) if exchanges and _one_process() else {})
     return options | (_STREAMING.get(platform, {}) if streams else {})
 
 
@@ -100,6 +107,18 @@ def on_nvidia() -> bool:
     """Whether what is being traced is for NVIDIA's GPUs."""
     device = traced_for()
     return device.platform == "gpu" and "NVIDIA" in device.kind.upper()
+
+
+def writes_to_peers() -> bool:
+    """Whether the devices of what is being traced write into each other's memory, as _PEERS has it.
+
+    GPUs of one process do. Those of several trade by NCCL's kernels, others as XLA has it.
+    """
+    return traced_for().platform == "gpu" and _one_process()
+
+
+def _one_process() -> bool:
+    return jax.process_count() == 1
 
 
 def on_hopper() -> bool:

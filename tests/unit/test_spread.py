@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import wan_jax
 from tests import tolerances
 from tests.random_weights import random_array, relative_l2
 from tests.unit.conftest import TINY, TINY_I2V
-from wan_jax import plans, sampler, schedulers, sequence, spread
+from wan_jax import plans, sampler, schedulers, sequence, spread, xla
 from wan_jax.config import DiTConfig
 from wan_jax.dit import Cond, DiT
 from wan_jax.plans import Plan
@@ -145,6 +146,50 @@ def test_rows_in_tiles_give_the_same_latents(
     jax.clear_caches()
 
 
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices that write into each other's memory, as GPUs of one process do."""
+    monkeypatch.setattr(xla, "writes_to_peers", lambda: True)
+
+
+@pytest.fixture
+def traced_anew() -> Iterator[None]:
+    """Without what was traced for devices of another kind, and nothing left behind."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("peers", "traced_anew")
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan.ulysses > 1], ids=str)
+def test_devices_that_write_to_each_other_give_the_same_latents(
+    dit: DiT, alone: dict[str, jax.Array], plan: Plan
+) -> None:
+    found = sample(dit, "75 tokens", layout=layout_of(plan))
+    assert relative_l2(found, alone["75 tokens"]) <= tolerances.SPREAD
+
+
+@pytest.mark.usefixtures("peers")
+@pytest.mark.parametrize("members", [2, 3, 8])
+def test_devices_that_write_to_each_other_trade_as_others(
+    members: int,
+) -> None:
+    layout = layout_of(Plan(ulysses=members))
+    swap = jax.shard_map(
+        sequence.Share(1, ulysses=members)._swap,
+        mesh=layout.mesh,
+        in_specs=PartitionSpec(None, ULYSSES),
+        out_specs=PartitionSpec(None, ULYSSES),
+        check_vma=False,
+    )
+    x = jnp.arange(members * members * 6.0).reshape(members, members, 2, 3)
+    traced = str(jax.make_jaxpr(swap)(x))
+    assert traced.count("ppermute[") == members - 1 and "all_to_all" not in traced
+    np.testing.assert_array_equal(swap(x), x.swapaxes(0, 1))
+    gradient = jax.grad(lambda y: jnp.sum(swap(y) * x))(x)
+    np.testing.assert_array_equal(gradient, x.swapaxes(0, 1))
+
+
 def ancestors(equation: Any, made_by: dict[Any, Any]) -> list[Any]:
     """The equations that an equation of a jaxpr waits for."""
     found: list[Any] = []
@@ -160,6 +205,7 @@ def ancestors(equation: Any, made_by: dict[Any, Any]) -> list[Any]:
 @pytest.mark.parametrize(
     ("members", "heads"), [(2, 12), (2, 4), (6, 12), (8, 8)], ids=["3 groups", "2", "2 of 6", "1"]
 )
+@pytest.mark.usefixtures("peers")
 def test_heads_travel_in_groups(members: int, heads: int) -> None:
     """What a group sends waits for what the one before received, there and back."""
     layout = layout_of(Plan(ulysses=members))
@@ -172,9 +218,10 @@ def test_heads_travel_in_groups(members: int, heads: int) -> None:
     (mapped,) = jax.make_jaxpr(run)(x, x, x).eqns
     equations = mapped.params["jaxpr"].eqns
     made_by = {out: equation for equation in equations for out in equation.outvars}
-    trades = [equation for equation in equations if equation.primitive.name == "all_to_all"]
+    sent = [equation for equation in equations if equation.primitive.name == "ppermute"]
+    trades = sent[:: members - 1]  # the first of each: a trade is one with every other member
     count = len(sequence.groups_of(heads // members))
-    assert len(trades) == 4 * count
+    assert len(sent) == 4 * count * (members - 1)
     there, back = trades[: 3 * count], trades[3 * count :]
     for k in range(count):
         own = there[3 * k : 3 * k + 3]
@@ -185,9 +232,9 @@ def test_heads_travel_in_groups(members: int, heads: int) -> None:
         assert before == there[: 3 * k + 3] + back[:k]
 
 
-@pytest.mark.parametrize(("plan", "guards"), [(Plan(ulysses=6), 4), (Plan(), 0)], ids=str)
+@pytest.mark.parametrize(("plan", "guards"), [(Plan(ulysses=6), 2), (Plan(), 0)], ids=str)
 def test_queries_and_keys_that_travel_are_made_apart(dit: DiT, plan: Plan, guards: int) -> None:
-    """Two guards more than the groups have, or one product and one pass make both."""
+    """Or one product and one pass make both."""
     layout = layout_of(plan)
     placed = spread.place(conditions(dit, 1), layout)
     run = functools.partial(spread.velocity, layout=layout)
@@ -200,15 +247,22 @@ def test_queries_and_keys_that_travel_are_made_apart(dit: DiT, plan: Plan, guard
     [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [2, 2]), (5, [2, 1, 2]), (6, [2, 2, 2])]
     + [(10, [2, 6, 2]), (20, [4, 12, 4])],
 )
+@pytest.mark.usefixtures("peers")
 def test_groups_of_heads(heads: int, sizes: list[int]) -> None:
     groups = sequence.groups_of(heads)
     assert [group.stop - group.start for group in groups] == sizes
 
 
+@pytest.mark.usefixtures("peers")
 @pytest.mark.parametrize("heads", range(1, 42))
 def test_groups_hold_each_head_once(heads: int) -> None:
     held = [head for group in sequence.groups_of(heads) for head in range(heads)[group]]
     assert held == list(range(heads))
+
+
+@pytest.mark.parametrize("heads", [1, 6, 20])
+def test_heads_of_devices_that_do_not_write_to_each_other_travel_together(heads: int) -> None:
+    assert sequence.groups_of(heads) == [slice(0, heads)]
 
 
 def test_each_device_of_the_guidance_holds_its_branch_only(dit: DiT) -> None:

@@ -207,14 +207,27 @@ def test_programs_of_streamed_weights_have_the_options_for_it() -> None:
     assert xla.compiler_options("cpu", streams=True) == xla.compiler_options("cpu")
 
 
-def test_programs_that_trade_heads_have_the_options_for_it() -> None:
-    option = "xla_gpu_experimental_parallel_collective_overlap_limit"
+def test_programs_that_trade_heads_have_the_options_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    option = "xla_gpu_collective_permute_mode"
     for platform in ("gpu", "cuda"):
         assert option not in xla.compiler_options(platform, attention=True)
         options = xla.compiler_options(platform, attention=True, exchanges=True)
-        assert options[option] == 4
-        assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # this jaxlib knows it
+        assert options[option] == "COLLECTIVES_PEER_MEMORY"
+        assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # this jaxlib knows them
     assert xla.compiler_options("cpu", exchanges=True) == xla.compiler_options("cpu")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert xla.compiler_options("gpu", exchanges=True) == xla.compiler_options("gpu")
+
+
+@pytest.mark.parametrize(("platform", "count"), [("gpu", 1), ("gpu", 2), ("tpu", 1), ("cpu", 1)])
+def test_gpus_of_one_process_write_to_each_other(
+    monkeypatch: pytest.MonkeyPatch, platform: str, count: int
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(xla, "traced_for", lambda: xla.Traced(platform, ""))
+    assert xla.writes_to_peers() == (platform == "gpu" and count == 1)
 
 
 def test_a_program_is_told_by_where_its_arrays_are(monkeypatch: pytest.MonkeyPatch) -> None:
