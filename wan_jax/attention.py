@@ -17,8 +17,10 @@ from jax import lax
 
 from wan_jax import cudnn, fp8, xla
 from wan_jax.layers import pad, precision_of
+from wan_jax.parts import Parts
 
 Array = jax.Array
+Shaped = Array | jax.ShapeDtypeStruct
 Partial = tuple[Array, Array]  # a result, and its weight
 WHOLE = ("cudnn", "splash", "chunked")  # those that partial_attention() has, too
 IMPLEMENTATIONS = ("hopper", *WHOLE, "cudnn_fp8", "chunked_fp8")
@@ -89,6 +91,26 @@ def attention(
     return _fp8(q_bsnk, k_bsnk, v_bsnk, fp8.cudnn_attention if name == "cudnn_fp8" else _fp8_chunks)
 
 
+def attention_in_parts(
+    q: Parts,
+    k: Parts,
+    v: Parts,
+    *,
+    count: int | None = None,
+    implementation: str | None = None,
+    in_fp8: bool = False,
+) -> tuple[Array, ...]:
+    """attention() of what has come together in parts, and its result in such, in their order."""
+    options: dict[str, Any] = {"implementation": implementation, "in_fp8": in_fp8}
+    name = _checked(q.whole, k.whole, v.whole, **options)
+    if name == "hopper" and q.rows % _ROW_TILE == 0:
+        from wan_jax import hopper
+
+        return hopper.attend_parts(q, k, v, k.whole.shape[1] if count is None else count)
+    joined = (x.joined() for x in (q, k, v))
+    return q.apart(attention(*joined, count=count, **options))
+
+
 def partial_attention(
     q_bsnk: Array,
     k_bsnk: Array,
@@ -134,9 +156,9 @@ def merge(one: Partial, other: Partial) -> Partial:
 
 
 def _checked(
-    q_bsnk: Array,
-    k_bsnk: Array,
-    v_bsnk: Array,
+    q_bsnk: Shaped,
+    k_bsnk: Shaped,
+    v_bsnk: Shaped,
     implementation: str | None,
     *,
     known: tuple[str, ...] = IMPLEMENTATIONS,
@@ -180,7 +202,7 @@ def row_tile(length: int, dtype: jnp.dtype) -> int:
     return _ROW_TILE if on_nvidia else 1
 
 
-def _pick(q: Array, k: Array, known: tuple[str, ...], *, in_fp8: bool) -> str:
+def _pick(q: Shaped, k: Shaped, known: tuple[str, ...], *, in_fp8: bool) -> str:
     platform = xla.traced_for().platform
     if in_fp8 and (platform != "gpu" or _fits_fp8(q)):
         return "cudnn_fp8" if platform == "gpu" else "chunked_fp8"
@@ -192,12 +214,12 @@ def _pick(q: Array, k: Array, known: tuple[str, ...], *, in_fp8: bool) -> str:
     return {"gpu": gpu_kernel, "tpu": tpu_kernel}.get(platform, "chunked")
 
 
-def _gpu_kernel(q: Array) -> str:
+def _gpu_kernel(q: Shaped) -> str:
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     return "cudnn" if fits and xla.on_nvidia() else "chunked"
 
 
-def _fits_hopper(q: Array, k: Array) -> bool:
+def _fits_hopper(q: Shaped, k: Shaped) -> bool:
     if not xla.on_nvidia():
         return False
     from wan_jax import hopper
@@ -205,11 +227,11 @@ def _fits_hopper(q: Array, k: Array) -> bool:
     return hopper.fits(q, k)
 
 
-def _fits_fp8(q: Array) -> bool:
+def _fits_fp8(q: Shaped) -> bool:
     return q.shape[-1] % 16 == 0 and q.shape[-1] <= 128
 
 
-def _check_cudnn(q: Array, name: str) -> None:
+def _check_cudnn(q: Shaped, name: str) -> None:
     platform = xla.traced_for().platform
     if platform != "gpu":
         raise ValueError(f"implementation {name!r} needs an NVIDIA GPU, this is {platform}")

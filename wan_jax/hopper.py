@@ -11,6 +11,7 @@ let the two take turns as well is slower here.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
 from wan_jax import cudnn, xla
+from wan_jax.parts import Parts
 
 Array = jax.Array
 Softmax = tuple[Array, Array, Array]  # largest score and sum of each row so far, and the weights
@@ -51,7 +53,7 @@ class _Memory(NamedTuple):
     v_free: Any
 
 
-def fits(q: Array, k: Array) -> bool:
+def fits(q: Array | jax.ShapeDtypeStruct, k: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether attend() takes q [b, s, n, k] and keys, on the device that is traced for."""
     rows = q.shape[1] % ROWS == 0 and k.shape[1] % _BLOCK == 0 and k.shape[1] > 0
     narrow = q.dtype in (jnp.bfloat16, jnp.float16)
@@ -65,7 +67,17 @@ def attend(q: Array, k: Array, v: Array, count: int) -> Array:
     What stands in the rows behind those may be any finite numbers. The gradient is cuDNN's, forward
     pass and all, as it needs that kernel's weights.
     """
-    return _kernel(q, k, v, count)
+    return _kernel((q,), (k,), (v,), count)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend_parts(q: Parts, k: Parts, v: Parts, count: int) -> tuple[Array, ...]:
+    """attend() of parts of multiples of 128 rows; the result in parts [b, l, n, k], in their order.
+
+    The numbers are those of attend() for what is joined.
+    """
+    q_parts, k_parts, v_parts = ((x.own, *x.others) for x in (q, k, v))
+    return _kernel(q_parts, k_parts, v_parts, count, q.place)
 
 
 def _attend_cudnn(q: Array, k: Array, v: Array, count: int) -> Array:
@@ -73,14 +85,35 @@ def _attend_cudnn(q: Array, k: Array, v: Array, count: int) -> Array:
     return cudnn.attend(q, k, v) if whole else cudnn.attend_rows(q, k, v, count)
 
 
-attend.defvjp(
-    lambda q, k, v, count: jax.vjp(functools.partial(_attend_cudnn, count=count), q, k, v),
-    lambda count, back, out_cotangent: back(out_cotangent),
-)
+def _attend_parts_cudnn(q: Parts, k: Parts, v: Parts, count: int) -> tuple[Array, ...]:
+    return q.apart(_attend_cudnn(q.joined(), k.joined(), v.joined(), count))
 
 
-def _kernel(q: Array, k: Array, v: Array, count: int) -> Array:
-    (b, s, n, d), dtype = q.shape, q.dtype
+for _own, _other in ((attend, _attend_cudnn), (attend_parts, _attend_parts_cudnn)):
+    _own.defvjp(
+        lambda q, k, v, count, run=_other: jax.vjp(functools.partial(run, count=count), q, k, v),
+        lambda count, back, out_cotangent: back(out_cotangent),
+    )
+
+
+class _Refs(NamedTuple):
+    """What the kernel has in the GPU's memory: parts, and their place if they have one."""
+
+    q: Sequence[Any]
+    k: Sequence[Any]
+    v: Sequence[Any]
+    out: Sequence[Any]
+    place: Any
+
+
+def _kernel(
+    q: Sequence[Array],
+    k: Sequence[Array],
+    v: Sequence[Array],
+    count: int,
+    place: Array | None = None,
+) -> tuple[Array, ...]:
+    (b, s, n, d), dtype, parts = q[-1].shape, q[-1].dtype, len(q)
     layout = gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128)
 
     def shared(*shape: int) -> Any:
@@ -89,9 +122,12 @@ def _kernel(q: Array, k: Array, v: Array, count: int) -> Array:
     def barriers(number: int, arrivals: int = 1) -> Any:
         return gpu.Barrier(num_arrivals=arrivals, num_barriers=number)
 
-    def block(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any) -> None:
+    def block(*refs: Any) -> None:
+        given, own = refs[: 3 * parts], None if place is None else refs[3 * parts]
+        q_refs, k_refs, v_refs = (given[i : i + parts] for i in range(0, 3 * parts, parts))
+        ours = _Refs(q_refs, k_refs, v_refs, refs[-parts:], own)
         pl.run_scoped(
-            lambda *memory: _run(q_ref, k_ref, v_ref, out_ref, _Memory(*memory), count),
+            lambda *memory: _run(ours, _Memory(*memory), count),
             shared(_GROUPS, _OWN, d),
             shared(_STAGES, _BLOCK, d),
             shared(_STAGES, _BLOCK, d),
@@ -102,32 +138,43 @@ def _kernel(q: Array, k: Array, v: Array, count: int) -> Array:
 
     return gpu.kernel(
         block,
-        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        out_type=(jax.ShapeDtypeStruct((b, s, n, d), dtype),) * parts,
         # Blocks at work at a time are of few heads, whose keys and values are then in the L2 cache.
-        grid=(n, s // ROWS, b),
+        grid=(n, parts * s // ROWS, b),
         grid_names=_GRID,
         num_threads=_GROUPS + 1,
         thread_name=_GROUP,
         compiler_params=gpu.CompilerParams(approx_math=True),
-    )(q, k, v)
+    )(*q, *k, *v, *(() if place is None else (place,)))
 
 
-def _run(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, memory: _Memory, count: int) -> None:
+def _run(refs: _Refs, memory: _Memory, count: int) -> None:
     """What every warpgroup does."""
     head, tile, batch, group = (lax.axis_index(name) for name in (*_GRID, _GROUP))
     steps = -(-count // _BLOCK)
+    member, first = (None, 0) if refs.place is None else (refs.place[0], refs.place[1])
 
     @pl.when(group < _GROUPS)
     def _multiply() -> None:
         gpu.set_max_registers(_MANY, action="increase")
         own = memory.q.at[group]
-        place = batch, pl.ds(tile * ROWS + group * _OWN, _OWN), head
-        gpu.copy_gmem_to_smem(q_ref.at[place], own, memory.q_there.at[group])
+
+        def rows(tile: Any) -> Any:
+            return pl.ds(tile * ROWS + group * _OWN, _OWN)
+
+        def bring(part: Any, tile: Any, first: Any) -> None:
+            source = part.at[batch, rows(tile), first + head]
+            gpu.copy_gmem_to_smem(source, own, memory.q_there.at[group])
+
+        def give(part: Any, tile: Any, _: Any) -> None:
+            gpu.copy_smem_to_gmem(own, part.at[batch, rows(tile), head])
+
+        _in_part(bring, refs.q, tile, member, first)
         gpu.barrier_wait(memory.q_there.at[group])
         result = functools.partial(_attend_all, own, memory, steps=steps, count=count)
         pl.run_scoped(result, gpu.ACC((_OWN, HEAD), jnp.float32))
         gpu.commit_smem()
-        gpu.copy_smem_to_gmem(own, out_ref.at[place])
+        _in_part(give, refs.out, tile, member, first)
         gpu.wait_smem_to_gmem(0)
 
     @pl.when(group == _GROUPS)
@@ -135,22 +182,45 @@ def _run(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, memory: _Memory, coun
         gpu.set_max_registers(_FEW, action="decrease")
 
         def bring(step: Any, stage: Any, *, wait: bool) -> None:
-            place = batch, pl.ds(step * _BLOCK, _BLOCK), head
-            for ref, there, whole, free in (
-                (k_ref, memory.k_there, memory.k, memory.k_free),
-                (v_ref, memory.v_there, memory.v, memory.v_free),
+            for parts, there, whole, free in (
+                (refs.k, memory.k_there, memory.k, memory.k_free),
+                (refs.v, memory.v_there, memory.v, memory.v_free),
             ):
+
+                def copy(part: Any, step: Any, first: Any, *, whole: Any, there: Any) -> None:
+                    source = part.at[batch, pl.ds(step * _BLOCK, _BLOCK), first + head]
+                    gpu.copy_gmem_to_smem(source, whole.at[stage], there.at[stage])
+
                 if wait:
                     gpu.barrier_wait(free.at[stage])
-                gpu.copy_gmem_to_smem(ref.at[place], whole.at[stage], there.at[stage])
+                copy_it = functools.partial(copy, whole=whole, there=there)
+                _in_part(copy_it, parts, step, member, first)
 
-        first = min(_STAGES, steps)
-        for step in range(first):
+        first_steps = min(_STAGES, steps)
+        for step in range(first_steps):
             bring(step, step, wait=False)
 
-        @pl.loop(first, steps)
+        @pl.loop(first_steps, steps)
         def _(step: Array) -> None:
             bring(step, _stage(step), wait=True)
+
+
+def _in_part(
+    act: Callable[[Any, Any, Any], None], parts: Sequence[Any], tile: Any, member: Any, first: Any
+) -> None:
+    """act(part, tile, first) with the part that a tile of 128 rows is in, and the tile there.
+
+    first: of the heads that are meant, in the first part, which is of this member; others have none
+    but those.
+    """
+    if len(parts) == 1:
+        act(parts[0], tile, first)
+        return
+    tiles = parts[0].shape[1] // ROWS
+    before = _over(lax.rem, member - _over(lax.div, tile, tiles) + len(parts), len(parts))
+    for i, part in enumerate(parts):
+        place = functools.partial(act, part, _over(lax.rem, tile, tiles), 0 if i else first)
+        pl.when(before == i)(place)
 
 
 def _attend_all(own: Any, memory: _Memory, out: Any, *, steps: int, count: int) -> None:
@@ -224,6 +294,11 @@ def _over_rows(x: Array, like: Array) -> Array:
 
 
 def _stage(step: Any) -> Any:
-    if isinstance(step, int):
-        return step % _STAGES
-    return lax.rem(step, jnp.array(_STAGES, step.dtype))
+    return _over(lax.rem, step, _STAGES)
+
+
+def _over(divide: Callable[[Any, Any], Any], x: Any, by: int) -> Any:
+    """lax.div or lax.rem of an index that is not negative, traced or not."""
+    if isinstance(x, int):
+        return x // by if divide is lax.div else x % by
+    return divide(x, jnp.array(by, x.dtype))

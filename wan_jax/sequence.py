@@ -9,16 +9,22 @@ after another; the keys and values of the ring's members then go round (Ring Att
 """
 
 import functools
-from collections.abc import Callable
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wan_jax import xla
-from wan_jax.attention import Partial, attention, merge, partial_attention, row_tile
+from wan_jax import ulysses, xla
+from wan_jax.attention import (
+    Partial,
+    attention,
+    attention_in_parts,
+    merge,
+    partial_attention,
+    row_tile,
+)
+from wan_jax.parts import Parts
 from wan_jax.sharding import RING, ULYSSES
 
 Array = jax.Array
@@ -74,33 +80,14 @@ class Share(NamedTuple):
         The heads must be a multiple of the Ulysses members. in_fp8: as attention() has it, but not
         in a ring, where results are joined by weights that the kernel of 8 bits does not tell.
         """
-        run = functools.partial(self._among, implementation=implementation, in_fp8=in_fp8)
+        own: dict[str, Any] = {"implementation": implementation, "in_fp8": in_fp8}
         if self.ulysses == 1:
-            return run(q_blnk, k_blnk, v_blnk)
-        return self._traded(run, q_blnk, k_blnk, v_blnk)
-
-    def _traded(self, run: Callable[..., Array], *qkv_blnk: Array) -> Array:
-        """run() on the ring member's rows of a share of the heads, in groups, one after another.
-
-        While a group is worked on, the next one's queries, keys and values are on their way, and
-        what came of the one before is on its way back. The barriers keep this order: all that is
-        sent before the first group makes it wait, and the results of one could be sent with those
-        of the last.
-        """
-        given: list[list[Array]] = []
-        for heads in groups_of(qkv_blnk[0].shape[2] // self.ulysses):
-            parts = [self._apart(x, heads) for x in qkv_blnk]
-            if given:
-                parts, _ = lax.optimization_barrier((parts, given[-1]))
-            given.append([self._together(self._swap(x)) for x in parts])
-        found: list[Array] = []
-        for group in given:
-            own = self._back(run(*group))
-            if found:
-                own, _ = lax.optimization_barrier((own, found[-1]))
-            found.append(self._swap(own))
-        whole = jnp.concatenate([jnp.moveaxis(own, 0, 2) for own in found], 3)
-        return whole.reshape(qkv_blnk[0].shape)
+            return self._among(q_blnk, k_blnk, v_blnk, **own)
+        if xla.writes_to_peers():
+            in_parts = functools.partial(self._among_parts, **own)
+            return ulysses.write(in_parts, self.ulysses, q_blnk, k_blnk, v_blnk)
+        among = functools.partial(self._among, **own)
+        return ulysses.trade(among, self.ulysses, q_blnk, k_blnk, v_blnk)
 
     def _among(
         self, q: Array, k: Array, v: Array, *, implementation: str | None, in_fp8: bool
@@ -111,38 +98,11 @@ class Share(NamedTuple):
         # The queries of padding stay; what they give is cut by join().
         return attention(q, k, v, count=self.tokens, implementation=implementation, in_fp8=in_fp8)
 
-    def _apart(self, x: Array, heads: slice) -> Array:
-        """Rows of all heads -> of these of each member's share, a part for each member."""
-        b, rows, _, k = x.shape
-        return jnp.moveaxis(x.reshape(b, rows, self.ulysses, -1, k)[..., heads, :], 2, 0)
-
-    def _together(self, parts: Array) -> Array:
-        """The parts that came from each member -> the ring member's rows of some heads."""
-        _, b, _, n, k = parts.shape
-        return parts.swapaxes(0, 1).reshape(b, -1, n, k)
-
-    def _back(self, x: Array) -> Array:
-        """The ring member's rows of some heads -> a part for each member."""
-        b, _, n, k = x.shape
-        return x.reshape(b, self.ulysses, -1, n, k).swapaxes(0, 1)
-
-    def _swap(self, parts: Array) -> Array:
-        """Of parts [ulysses, b, rows, n, k], one for each member, those that they have for this.
-
-        So they are in the order of memory, and of one video nothing is left to transpose where
-        tokens come together.
-        """
-        if not xla.writes_to_peers():
-            return lax.all_to_all(parts, ULYSSES, split_axis=0, concat_axis=0)
-        members, own = self.ulysses, lax.axis_index(ULYSSES)
-        found = lax.empty(parts.shape, parts.dtype)
-        for step in range(members):
-            part = lax.dynamic_index_in_dim(parts, (own + step) % members, 0, keepdims=False)
-            if step:
-                there = [(member, (member + step) % members) for member in range(members)]
-                part = lax.ppermute(part, ULYSSES, there)
-            found = lax.dynamic_update_index_in_dim(found, part, (own - step) % members, 0)
-        return found
+    def _among_parts(self, q: Parts, k: Parts, v: Parts, **own: Any) -> tuple[Array, ...]:
+        """The same of rows that have come together in parts."""
+        if self.ring > 1:
+            return q.apart(self._among(q.joined(), k.joined(), v.joined(), **own))
+        return attention_in_parts(q, k, v, count=self.tokens, **own)
 
     def _around(self, q: Array, k: Array, v: Array, implementation: str | None) -> Array:
         """Attention to the keys of every ring member, which each passes on to the next."""
@@ -163,21 +123,6 @@ class Share(NamedTuple):
                 pair, found = lax.optimization_barrier((coming, found))
         assert found is not None
         return found[0].astype(q.dtype)
-
-
-def groups_of(heads: int) -> list[slice]:
-    """The heads of a Ulysses member in up to three groups.
-
-    The first one's journey and the last one's way back are all that is waited for: so each of the
-    two is a fifth of the heads. But it is two heads where there are four or more, and one of three
-    or two, or the journeys of the next would take longer than it is worked on. They are all in one
-    where a device does not write to the others: a TPU's compiler lets no exchange travel under a
-    kernel, and a GPU's kernels for it take the place of the blocks of attention.
-    """
-    if not xla.writes_to_peers():
-        return [slice(0, heads)]
-    outer = max(heads // 5, min(2, heads // 2))
-    return [slice(*ends) for ends in pairwise(sorted({0, outer, heads - outer, heads}))]
 
 
 def share_of(tokens: int, dtype: jnp.dtype, *, ring: int = 1, ulysses: int = 1) -> Share:

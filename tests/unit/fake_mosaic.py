@@ -158,6 +158,7 @@ class Mosaic:
             fori_loop=_loop,
             broadcast_in_dim=lax.broadcast_in_dim,
             rem=lax.rem,
+            div=lax.div,
             rsqrt=lax.rsqrt,
         )
 
