@@ -106,8 +106,8 @@ def groups_of(heads: int) -> list[slice]:
     """A member's heads in up to three groups.
 
     The first one's journey and the last one's way back are all that is waited for: so each of the
-    two is a fifth of the heads, or one.
+    two is a fifth of the heads. But it is two heads where there are four or more: on an H200 the
+    kernel takes 1.08 ms for one head of the 1.3B on half of its devices, and 1.8 ms for two.
     """
-    outer = max(heads // 5, 1)
-    ends = sorted({0, min(outer, heads), max(heads - outer, 0), heads})
-    return [slice(*pair) for pair in pairwise(ends)]
+    outer = max(heads // 5, min(2, heads // 2))
+    return [slice(*ends) for ends in pairwise(sorted({0, outer, heads - outer, heads}))]

@@ -253,7 +253,7 @@ def test_queries_and_keys_that_travel_are_made_apart(dit: DiT, plan: Plan, guard
 
 @pytest.mark.parametrize(
     ("heads", "sizes"),
-    [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (5, [1, 3, 1]), (6, [1, 4, 1])]
+    [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [2, 2]), (5, [2, 1, 2]), (6, [2, 2, 2])]
     + [(10, [2, 6, 2]), (20, [4, 12, 4])],
 )
 def test_groups_of_heads(heads: int, sizes: list[int]) -> None:
