@@ -12,7 +12,8 @@ from tests.random_weights import relative_l2
 from tests.unit.fake_mosaic import Mosaic, in_place_of_mosaic
 from wan_jax import attention as module
 from wan_jax import cudnn, hopper, xla
-from wan_jax.attention import attention, partial_attention, row_tile
+from wan_jax.attention import attention, attention_in_parts, partial_attention, row_tile
+from wan_jax.parts import Parts
 from wan_jax.plans import Plan
 
 H200 = xla.Traced("gpu", "NVIDIA H200")
@@ -64,6 +65,50 @@ def test_scores_far_from_zero(shift: float) -> None:
     k = k.at[:, 290:].multiply(0.9 if shift < 0 else 1.1)
     found = hopper.attend(q, k, v, 300)
     assert relative_l2(found, exact(q, k, v, 300)) <= tolerances.ATTENTION_BFLOAT16
+
+
+def in_parts(x: jax.Array, members: int, member: int, heads: slice) -> Parts:
+    """What a member has of [b, s, all heads, k] when the others have sent theirs of its heads."""
+    b, _, n, k = x.shape
+    of_each = x.reshape(b, members, -1, n, k)
+    others = (of_each[:, (member - i) % members, :, heads] for i in range(1, members))
+    place = jnp.asarray([member, heads.start], jnp.int32)
+    return Parts(of_each[:, member], tuple(others), place)
+
+
+@pytest.mark.parametrize("name", ["hopper", "chunked"])
+@pytest.mark.parametrize(
+    ("members", "rows", "count"), [(2, 128, 250), (2, 256, 512), (3, 128, 300)], ids=str
+)
+def test_parts_as_they_lie_give_what_they_give_together(
+    members: int, rows: int, count: int, name: str, mosaic: Mosaic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, on every member; the heads that are meant are the last of each member's own."""
+    monkeypatch.setattr(xla, "traced_for", lambda: H200)
+    q, k, v = draw(members * rows, b=2, n=4)
+    k, v = k.at[:, count:].set(30.0), v.at[:, count:].set(1e4)
+    heads = slice(2, 4)
+    options = {"count": count, "implementation": name}
+    together = attention(*(x[:, :, heads] for x in (q, k, v)), **options)
+    started = mosaic.started
+    for member in range(members):
+        parts = [in_parts(x, members, member, heads) for x in (q, k, v)]
+        np.testing.assert_array_equal(parts[0].joined(), q[:, :, heads])
+        found = attention_in_parts(*parts, **options)
+        assert len(found) == members
+        for one, wanted in zip(found, parts[0].apart(together), strict=True):
+            np.testing.assert_array_equal(one, wanted)
+    assert mosaic.started == started * (1 + members) and (started > 0) == (name == "hopper")
+
+
+def test_mosaic_takes_the_program_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else passes over them."""
+    monkeypatch.setattr(xla, "traced_for", lambda: H200)
+    own, other = (jax.ShapeDtypeStruct((1, 16384, n, 128), jnp.bfloat16) for n in (12, 6))
+    parts = Parts(own, (other,), jax.ShapeDtypeStruct((2,), jnp.int32))
+    run = functools.partial(attention_in_parts, count=32760)
+    text = jax.jit(run).trace(parts, parts, parts).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.") == text.count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
 def test_half_precision(mosaic: Mosaic) -> None:

@@ -169,14 +169,16 @@ def _on_nvidia(config: DiTConfig, rows: int, plan: Plan, *, itemsize: int, quant
     """The same on an NVIDIA GPU, where products round as they end (layers.linear).
 
     So the hidden values are not there in float32, but, quantized, in 8 bits. A ring sums in float32
-    and has keys and values under way; devices that share tokens copy a layer's matrices. Programs
-    of 14B at 75,600 tokens need 5.90 GiB, by this 6.28, of four devices with Ulysses 1.78 (2.1), in
-    a ring 2.49 (2.85); of 1.3B at 32,760 tokens 1.12 (1.11), in 8 bits 1.23 (1.25).
+    and has keys and values under way; with Ulysses they are there in parts beside a device's own of
+    all heads; devices that share tokens copy a layer's matrices. Programs of 14B at 75,600 tokens
+    need 5.90 GiB, by this 6.28, of two devices with Ulysses 3.81 (4.06), of four 2.20 (2.27), in a
+    ring 2.49 (2.85); of 1.3B at 32,760 tokens 1.12 (1.11), in 8 bits 1.23 (1.25).
     """
     d, f = config.dim, config.ffn_dim
     each = 8 * d + itemsize * (2 * d + f)
     each += f // 2 if quantized else 0
     each += 8 * d if plan.ring > 1 else 0
+    each += itemsize * d if plan.ulysses > 1 else 0
     shared = plan.ring * plan.ulysses > 1
     return rows * each + (itemsize * (6 * d * d + 2 * d * f) if shared else 0)
 
