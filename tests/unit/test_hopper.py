@@ -216,3 +216,25 @@ def test_its_gradient_is_cudnns(
     np.testing.assert_array_equal(found, wanted)
     for one, other in zip(own(wanted), back(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_the_gradient_of_parts_is_that_of_what_is_joined(
+    member: int, mosaic: Mosaic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = functools.partial(attention, implementation="chunked")
+    monkeypatch.setattr(cudnn, "attend_rows", lambda q, k, v, n: plain(q, k[:, :n], v[:, :n]))
+    parts = [in_parts(x, 2, member, slice(1, 2)) for x in draw(256, n=2)]
+
+    def joined(q: Parts, k: Parts, v: Parts) -> tuple[jax.Array, ...]:
+        out = plain(q.joined(), k.joined()[:, :250], v.joined()[:, :250])
+        return q.apart(out)
+
+    wanted, back = jax.vjp(joined, *parts)
+    found, own = jax.vjp(lambda *x: hopper.attend_parts(*x, 250), *parts)
+    assert mosaic.started == 0
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(own(wanted), back(wanted), strict=True):
+        assert np.any(one.own) and np.any(one.others[0])
+        jax.tree.map(np.testing.assert_array_equal, one[:2], other[:2])
