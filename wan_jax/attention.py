@@ -103,10 +103,11 @@ def attention_in_parts(
     """attention() of what has come together in parts, and its result in such, in their order."""
     options: dict[str, Any] = {"implementation": implementation, "in_fp8": in_fp8}
     name = _checked(q.whole, k.whole, v.whole, **options)
-    if name == "hopper" and q.rows % _ROW_TILE == 0:
+    if name == "hopper":
         from wan_jax import hopper
 
-        return hopper.attend_parts(q, k, v, k.whole.shape[1] if count is None else count)
+        if all(x.rows % hopper.ROWS == 0 for x in (q, k)):
+            return hopper.attend_parts(q, k, v, k.whole.shape[1] if count is None else count)
     joined = (x.joined() for x in (q, k, v))
     return q.apart(attention(*joined, count=count, **options))
 

@@ -335,7 +335,7 @@ class DiT(nnx.Module):
         for norm, p in ((weights.norm_k, weights.k), (weights.norm_q, weights.q)):
             if share.ulysses > 1:
                 # Else XLA makes one product and one pass of q and k, and has nothing to do while
-                # the first group's are on their way to the other devices. (A gradient of it would
+                # values and keys are on their way to the other devices. (A gradient of it would
                 # be summed in 16 bits, but none is taken: a training has no such share.)
                 x, tables = lax.optimization_barrier((x.astype(v.dtype), tables))
             normed = rms_norm(norm, linear(p, x), eps=self.config.eps, goes_on=True)

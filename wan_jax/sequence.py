@@ -3,8 +3,8 @@
 Ring member r and Ulysses member u hold run r * ulysses + u of as many equal runs of tokens as there
 are devices; the last runs are padded. All but self-attention knows single tokens and needs no other
 device. For self-attention, Ulysses members trade tokens for heads (DeepSpeed-Ulysses, Jacobs et al.
-2023), after which each holds the ring member's tokens for a share of the heads, a group of those
-after another; the keys and values of the ring's members then go round (Ring Attention, Liu et al.
+2023), after which each holds the ring member's tokens for a share of the heads;
+the keys and values of the ring's members then go round (Ring Attention, Liu et al.
 2023). Padding is not attended to.
 """
 
@@ -80,13 +80,13 @@ class Share(NamedTuple):
         The heads must be a multiple of the Ulysses members. in_fp8: as attention() has it, but not
         in a ring, where results are joined by weights that the kernel of 8 bits does not tell.
         """
-        own: dict[str, Any] = {"implementation": implementation, "in_fp8": in_fp8}
+        options: dict[str, Any] = {"implementation": implementation, "in_fp8": in_fp8}
         if self.ulysses == 1:
-            return self._among(q_blnk, k_blnk, v_blnk, **own)
+            return self._among(q_blnk, k_blnk, v_blnk, **options)
         if xla.writes_to_peers():
-            in_parts = functools.partial(self._among_parts, **own)
+            in_parts = functools.partial(self._among_parts, **options)
             return ulysses.write(in_parts, self.ulysses, q_blnk, k_blnk, v_blnk)
-        among = functools.partial(self._among, **own)
+        among = functools.partial(self._among, **options)
         return ulysses.trade(among, self.ulysses, q_blnk, k_blnk, v_blnk)
 
     def _among(
@@ -98,11 +98,11 @@ class Share(NamedTuple):
         # The queries of padding stay; what they give is cut by join().
         return attention(q, k, v, count=self.tokens, implementation=implementation, in_fp8=in_fp8)
 
-    def _among_parts(self, q: Parts, k: Parts, v: Parts, **own: Any) -> tuple[Array, ...]:
+    def _among_parts(self, q: Parts, k: Parts, v: Parts, **options: Any) -> tuple[Array, ...]:
         """The same of rows that have come together in parts."""
         if self.ring > 1:
-            return q.apart(self._among(q.joined(), k.joined(), v.joined(), **own))
-        return attention_in_parts(q, k, v, count=self.tokens, **own)
+            return q.apart(self._among(q.joined(), k.joined(), v.joined(), **options))
+        return attention_in_parts(q, k, v, count=self.tokens, **options)
 
     def _around(self, q: Array, k: Array, v: Array, implementation: str | None) -> Array:
         """Attention to the keys of every ring member, which each passes on to the next."""

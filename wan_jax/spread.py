@@ -1,9 +1,9 @@
 """Networks on many devices: branches, tokens, columns and weights spread over a mesh.
 
 One shard_map holds a whole network, so that what devices tell each other is written here, in
-sequence.py and in columns.py and nowhere else. Weights of which devices hold a share each are
-gathered when they are needed: those of the stack layer by layer. Latents are whole on every device
-of a video; they are small.
+sequence.py, in ulysses.py and in columns.py and nowhere else. Weights of which devices hold a share
+each are gathered when they are needed: those of the stack layer by layer. Latents are whole on
+every device of a video; they are small.
 """
 
 import functools

@@ -45,8 +45,8 @@ def _swap(parts: Array) -> Array:
 def write(run: Callable[..., tuple[Array, ...]], members: int, *qkv_blnk: Array) -> Array:
     """run(q, k, v: Parts) the same, between devices that write to each other.
 
-    Values and keys travel while queries are made, beside the products. Nothing is joined: run()
-    takes what came as it lies there, and what it gives goes back so.
+    Values and keys travel while queries are made, beside the products. run() is given what came as
+    it lies there, and what it gives goes back so.
     """
     b, rows, n, k = qkv_blnk[0].shape
     own = lax.axis_index(ULYSSES)
@@ -61,7 +61,7 @@ def write(run: Callable[..., tuple[Array, ...]], members: int, *qkv_blnk: Array)
         return Parts(x, _sent(sent, 1), place)
 
     mine, *others = run(*map(there, qkv_blnk))
-    # Of this member's heads, those of the next one, and so on.
+    # Each goes back to whom its rows are from; here are this member's heads, the next one's, ...
     found = jnp.stack([mine, *_sent(others, -1)], 2)
     return jnp.roll(found, own, 2).reshape(b, rows, n, k)
 

@@ -34,10 +34,10 @@ _STREAMING: dict[str, Options] = {
 # for programs with attention: a convolution that may have it takes five times as long to compile.
 _ROOM: Options = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 _ATTENTION = {"TPU v5": _ROOM, "TPU v5p": _ROOM}
-# GPUs that write to each other: queries, keys and values of some heads travel while others are
-# worked on, and what came of those before (sequence.py). The copy engines bring them; NCCL's
-# kernels would wait for the blocks of another and then hold up the rest of them. Each travels as
-# soon as it is there: by default there is one journey at a time, of all that would go together.
+# GPUs that write to each other: values, then keys travel while what follows is made (ulysses.py).
+# The copy engines bring them; NCCL's kernels would wait for the blocks of another and then hold up
+# the rest of them. Each travels as soon as it is there, up to four at a time: by default there is
+# one journey at a time, of all that would go together.
 _PEERS: dict[str, Options] = {
     platform: {
         "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
@@ -64,7 +64,8 @@ def compiler_options(
     devices may trade heads for it. streams: of one whose weights lie in the host's memory.
     """
     options = _OPTIONS.get(platform, {}) | (_ATTENTION.get(kind, {}) if attention else {})
-    options = options | (_PEERS.get(platform, {}) if exchanges and _one_process() else {})
+    if exchanges and platform in _PEERS and _one_process():
+        options = options | _PEERS[platform]
     return options | (_STREAMING.get(platform, {}) if streams else {})
 
 
@@ -112,7 +113,8 @@ def on_nvidia() -> bool:
 def writes_to_peers() -> bool:
     """Whether the devices of what is being traced write into each other's memory, as _PEERS has it.
 
-    GPUs of one process do. Those of several trade by NCCL's kernels, others as XLA has it.
+    GPUs of one process do, and where the driver lets none see another's memory XLA takes NCCL's
+    kernels. Those of several processes trade by NCCL, others as XLA has it.
     """
     return traced_for().platform == "gpu" and _one_process()
 

@@ -171,7 +171,7 @@ def _on_nvidia(config: DiTConfig, rows: int, plan: Plan, *, itemsize: int, quant
     So the hidden values are not there in float32, but, quantized, in 8 bits. A ring sums in float32
     and has keys and values under way; with Ulysses they are there in parts beside a device's own of
     all heads; devices that share tokens copy a layer's matrices. Programs of 14B at 75,600 tokens
-    need 5.90 GiB, by this 6.28, of two devices with Ulysses 3.81 (4.05), of four 2.20 (2.31), in a
+    need 5.90 GiB, by this 6.27, of two devices with Ulysses 3.81 (4.05), of four 2.20 (2.31), in a
     ring 2.49 (2.85); of 1.3B at 32,760 tokens 1.12 (1.11), in 8 bits 1.23 (1.25).
     """
     d, f = config.dim, config.ffn_dim
