@@ -144,7 +144,7 @@ MINIATURE_SHOWS = 0.01  # standard deviation of frames that are not all of one c
 
 # Estimates
 COSTS_PRINTED = 0.005  # TFLOP that were reckoned by hand, to three digits
-COSTS_MEMORY = 0.3  # of a block's temporaries as they compile: 0.99 to 1.26 times those
+COSTS_MEMORY = 0.3  # of a block's temporaries as they compile: 0.99 to 1.25 times those
 COSTS_LESS = 1.05  # so much less than is needed the formula may give: a budget's margin
 COSTS_SECONDS = 0.1  # of a forward measured on an H200: 1.00 times for the 14B, 0.93 for the 1.3B
 AOT_ROOM = 0.9  # of a TPU's memory at most, of the 14B at 720P; measured 0.56 (tpu7x:2x2x1) at most

@@ -89,11 +89,16 @@ def _attend_parts_cudnn(q: Parts, k: Parts, v: Parts, count: int) -> tuple[Array
     return q.apart(_attend_cudnn(q.joined(), k.joined(), v.joined(), count))
 
 
-for _own, _other in ((attend, _attend_cudnn), (attend_parts, _attend_parts_cudnn)):
-    _own.defvjp(
-        lambda q, k, v, count, run=_other: jax.vjp(functools.partial(run, count=count), q, k, v),
+def _passes(run: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and back of what is differentiated as run(q, k, v, count=...) is."""
+    return (
+        lambda q, k, v, count: jax.vjp(functools.partial(run, count=count), q, k, v),
         lambda count, back, out_cotangent: back(out_cotangent),
     )
+
+
+attend.defvjp(*_passes(_attend_cudnn))
+attend_parts.defvjp(*_passes(_attend_parts_cudnn))
 
 
 class _Refs(NamedTuple):
@@ -181,20 +186,19 @@ def _run(refs: _Refs, memory: _Memory, count: int) -> None:
     def _bring() -> None:
         gpu.set_max_registers(_FEW, action="decrease")
 
+        def copy(target: Any, there: Any, part: Any, step: Any, first: Any) -> None:
+            source = part.at[batch, pl.ds(step * _BLOCK, _BLOCK), first + head]
+            gpu.copy_gmem_to_smem(source, target, there)
+
         def bring(step: Any, stage: Any, *, wait: bool) -> None:
             for parts, there, whole, free in (
                 (refs.k, memory.k_there, memory.k, memory.k_free),
                 (refs.v, memory.v_there, memory.v, memory.v_free),
             ):
-
-                def copy(part: Any, step: Any, first: Any, *, whole: Any, there: Any) -> None:
-                    source = part.at[batch, pl.ds(step * _BLOCK, _BLOCK), first + head]
-                    gpu.copy_gmem_to_smem(source, whole.at[stage], there.at[stage])
-
                 if wait:
                     gpu.barrier_wait(free.at[stage])
-                copy_it = functools.partial(copy, whole=whole, there=there)
-                _in_part(copy_it, parts, step, member, first)
+                to_stage = functools.partial(copy, whole.at[stage], there.at[stage])
+                _in_part(to_stage, parts, step, member, first)
 
         first_steps = min(_STAGES, steps)
         for step in range(first_steps):

@@ -3,9 +3,8 @@
 Ring member r and Ulysses member u hold run r * ulysses + u of as many equal runs of tokens as there
 are devices; the last runs are padded. All but self-attention knows single tokens and needs no other
 device. For self-attention, Ulysses members trade tokens for heads (DeepSpeed-Ulysses, Jacobs et al.
-2023), after which each holds the ring member's tokens for a share of the heads;
-the keys and values of the ring's members then go round (Ring Attention, Liu et al.
-2023). Padding is not attended to.
+2023), after which each holds the ring member's tokens for a share of the heads; the keys and values
+of the ring's members then go round (Ring Attention, Liu et al. 2023). Padding is not attended to.
 """
 
 import functools
