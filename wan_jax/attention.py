@@ -99,8 +99,11 @@ def attention_in_parts(
     count: int | None = None,
     implementation: str | None = None,
     in_fp8: bool = False,
-) -> tuple[Array, ...]:
-    """attention() of what has come together in parts, and its result in such, in their order."""
+) -> Parts:
+    """attention() of what has come together in parts, and its result in such.
+
+    In its `own` only the heads that are meant have a value, of as many as all members have.
+    """
     options: dict[str, Any] = {"implementation": implementation, "in_fp8": in_fp8}
     name = _checked(q.whole, k.whole, v.whole, **options)
     if name == "hopper":

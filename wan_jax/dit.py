@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from wan_jax import rope
+from wan_jax import host_memory, rope, xla
 from wan_jax.attention import attention, counted_attention, is_attention
 from wan_jax.config import DiTConfig
 from wan_jax.image_tokens import ImageMLP, image_tokens
@@ -39,6 +39,7 @@ from wan_jax.layers import (
 from wan_jax.patches import patchify, unpatchify
 from wan_jax.residual import Stream
 from wan_jax.sequence import Share, share_of
+from wan_jax.stack import scan_by_kernels
 
 Array = jax.Array
 REMAT = ("none", "products", "attention", "full")
@@ -241,7 +242,10 @@ class DiT(nnx.Module):
         # What is given to the next block is also what the way back keeps: with remat one array.
         waiting = residuals is None and remat == "none"
         stream = Stream.of(h_bld, self.text_in.kernel.dtype, waiting=waiting)
-        return lax.scan(_remat(body, remat), stream, (stack, cond, residuals))[0].whole()
+        # Weights in the host's memory are copied by what else brings them.
+        together = share.ulysses > 1 and xla.on_nvidia() and host_memory.fetch_of(self) is None
+        scan = scan_by_kernels if together else lax.scan
+        return scan(_remat(body, remat), stream, (stack, cond, residuals))[0].whole()
 
     def head(self, h_bld: Array, mod: Modulation, *, share: Share | None = None) -> Array:
         """Tokens -> velocity [b, t, h, w, out_channels], float32. share: as in embed()."""
@@ -330,20 +334,20 @@ class DiT(nnx.Module):
         share: Share,
         implementation: str | None,
     ) -> Array:
-        v, found = linear(weights.v, x), []
-        tables = mod.cos_lk, mod.sin_lk
-        for norm, p in ((weights.norm_k, weights.k), (weights.norm_q, weights.q)):
-            if share.ulysses > 1:
-                # Else XLA makes one product and one pass of q and k, and has nothing to do while
-                # values and keys are on their way to the other devices. (A gradient of it would
-                # be summed in 16 bits, but none is taken: a training has no such share.)
-                x, tables = lax.optimization_barrier((x.astype(v.dtype), tables))
+        values = self._heads(linear(weights.v, x))
+        if share.ulysses > 1:
+            # A gradient would be summed in 16 bits; none is taken, as a training has no such share.
+            x = x.astype(values.dtype)
+        upcoming = x, mod.cos_lk, mod.sin_lk
+        v, upcoming = share.send(values, upcoming, in_place=True)
+
+        def made(norm: RMSNorm, p: Linear, x: Array, cos: Array, sin: Array) -> Array:
             normed = rms_norm(norm, linear(p, x), eps=self.config.eps, goes_on=True)
-            found.append(rope.rotate(self._heads(normed), *tables).astype(v.dtype))
-        k, q = found
-        y = share.attention(
-            q, k, self._heads(v), implementation=implementation, in_fp8=self.fp8_attention
-        )
+            return rope.rotate(self._heads(normed), cos, sin).astype(values.dtype)
+
+        k, upcoming = share.send(made(weights.norm_k, weights.k, *upcoming), upcoming)
+        q, _ = share.send(made(weights.norm_q, weights.q, *upcoming))
+        y = share.attention(q, k, v, implementation=implementation, in_fp8=self.fp8_attention)
         return linear(weights.o, y.reshape(x.shape))
 
 

@@ -32,6 +32,8 @@ _GROUPS = 2  # warpgroups that multiply
 _OWN = ROWS // _GROUPS  # queries of each
 _BLOCK = 128  # keys at a time
 _STAGES = 2  # blocks in shared memory
+_AT_ONCE = 132  # thread blocks on an H100 SXM or H200, one on each multiprocessor
+_ROUNDED = 1.02  # so many times the rounds of one kernel are what several may take
 # Registers of a thread: 64 scores, 64 sums of the result, 32 weights and what else there is.
 _MANY, _FEW = 240, 24
 _LOWEST = -1e30
@@ -51,6 +53,7 @@ class _Memory(NamedTuple):
     v_there: Any
     k_free: Any
     v_free: Any
+    turn: Any  # one for each group, which may begin, and one that is asked by none
 
 
 def fits(q: Array | jax.ShapeDtypeStruct, k: Array | jax.ShapeDtypeStruct) -> bool:
@@ -67,17 +70,33 @@ def attend(q: Array, k: Array, v: Array, count: int) -> Array:
     What stands in the rows behind those may be any finite numbers. The gradient is cuDNN's, forward
     pass and all, as it needs that kernel's weights.
     """
-    return _kernel((q,), (k,), (v,), count)[0]
+    return _kernel(q, (k,), (v,), count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend_parts(q: Parts, k: Parts, v: Parts, count: int) -> tuple[Array, ...]:
-    """attend() of parts of multiples of 128 rows; the result in parts [b, l, n, k], in their order.
+def attend_parts(q: Parts, k: Parts, v: Parts, count: int) -> Parts:
+    """attend() of parts of multiples of 128 rows; the result as attention_in_parts() has it.
 
-    The numbers are those of attend() for what is joined.
+    The numbers are those of attend() for what is joined. Where that leaves no more of the GPU idle,
+    each part of the queries has a kernel of its own, this device's first: it is at work while the
+    others' travel, and what is found for those travels beside the next. Else queries are joined.
     """
-    q_parts, k_parts, v_parts = ((x.own, *x.others) for x in (q, k, v))
-    return _kernel(q_parts, k_parts, v_parts, count, q.place)
+    run = functools.partial(
+        _kernel, k=(k.own, *k.others), v=(v.own, *v.others), count=count, place=q.place
+    )
+    blocks = q.own.shape[0] * q.heads * q.rows // ROWS
+    if q.members * _rounds(blocks) > _ROUNDED * _rounds(q.members * blocks):
+        found = run(jnp.concatenate((q.mine, *q.others), 1))
+        return q.like(jnp.split(found, q.members, 1))
+    each = [run(q.own, among=q.members * q.heads)]
+    for part in q.others:
+        each[-1], part = lax.optimization_barrier((each[-1], part))  # one after the other
+        each.append(run(part))
+    return Parts(each[0], tuple(each[1:]), q.place)
+
+
+def _rounds(blocks: int) -> int:
+    return -(-blocks // _AT_ONCE)
 
 
 def _attend_cudnn(q: Array, k: Array, v: Array, count: int) -> Array:
@@ -85,7 +104,7 @@ def _attend_cudnn(q: Array, k: Array, v: Array, count: int) -> Array:
     return cudnn.attend(q, k, v) if whole else cudnn.attend_rows(q, k, v, count)
 
 
-def _attend_parts_cudnn(q: Parts, k: Parts, v: Parts, count: int) -> tuple[Array, ...]:
+def _attend_parts_cudnn(q: Parts, k: Parts, v: Parts, count: int) -> Parts:
     return q.apart(_attend_cudnn(q.joined(), k.joined(), v.joined(), count))
 
 
@@ -102,23 +121,33 @@ attend_parts.defvjp(*_passes(_attend_parts_cudnn))
 
 
 class _Refs(NamedTuple):
-    """What the kernel has in the GPU's memory: parts, and their place if they have one."""
+    """What the kernel has in the GPU's memory: keys and values in parts, with a place if several.
 
-    q: Sequence[Any]
+    All may have more heads than those that are meant, but for parts of other members.
+    """
+
+    q: Any
     k: Sequence[Any]
     v: Sequence[Any]
-    out: Sequence[Any]
+    out: Any
     place: Any
+
+    def first(self, x: Any) -> Any:
+        """The first head that is meant of those that x has."""
+        return self.place[1] if x.shape[2] > self.k[-1].shape[2] else 0
 
 
 def _kernel(
-    q: Sequence[Array],
+    q: Array,
     k: Sequence[Array],
     v: Sequence[Array],
     count: int,
     place: Array | None = None,
-) -> tuple[Array, ...]:
-    (b, s, n, d), dtype, parts = q[-1].shape, q[-1].dtype, len(q)
+    *,
+    among: int | None = None,
+) -> Array:
+    """The queries' attention to keys in parts; among: so many heads of which these are found."""
+    (b, s, _, d), dtype, parts, n = q.shape, q.dtype, len(k), k[-1].shape[2]
     layout = gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128)
 
     def shared(*shape: int) -> Any:
@@ -128,9 +157,8 @@ def _kernel(
         return gpu.Barrier(num_arrivals=arrivals, num_barriers=number)
 
     def block(*refs: Any) -> None:
-        given, own = refs[: 3 * parts], None if place is None else refs[3 * parts]
-        q_refs, k_refs, v_refs = (given[i : i + parts] for i in range(0, 3 * parts, parts))
-        ours = _Refs(q_refs, k_refs, v_refs, refs[-parts:], own)
+        (q_ref, *given), where = refs[: 1 + 2 * parts], None if place is None else refs[-2]
+        ours = _Refs(q_ref, given[:parts], given[parts:], refs[-1], where)
         pl.run_scoped(
             lambda *memory: _run(ours, _Memory(*memory), count),
             shared(_GROUPS, _OWN, d),
@@ -138,56 +166,51 @@ def _kernel(
             shared(_STAGES, _BLOCK, d),
             *(barriers(number) for number in (_GROUPS, _STAGES, _STAGES)),
             *(barriers(_STAGES, _GROUPS) for _ in range(2)),
+            barriers(_GROUPS + 1),
             collective_axes=_GROUP,
         )
 
     return gpu.kernel(
         block,
-        out_type=(jax.ShapeDtypeStruct((b, s, n, d), dtype),) * parts,
+        out_type=jax.ShapeDtypeStruct((b, s, among or n, d), dtype),
         # Blocks at work at a time are of few heads, whose keys and values are then in the L2 cache.
-        grid=(n, parts * s // ROWS, b),
+        grid=(n, s // ROWS, b),
         grid_names=_GRID,
         num_threads=_GROUPS + 1,
         thread_name=_GROUP,
         compiler_params=gpu.CompilerParams(approx_math=True),
-    )(*q, *k, *v, *(() if place is None else (place,)))
+    )(q, *k, *v, *(() if place is None else (place,)))
 
 
 def _run(refs: _Refs, memory: _Memory, count: int) -> None:
     """What every warpgroup does."""
     head, tile, batch, group = (lax.axis_index(name) for name in (*_GRID, _GROUP))
     steps = -(-count // _BLOCK)
-    member, first = (None, 0) if refs.place is None else (refs.place[0], refs.place[1])
 
     @pl.when(group < _GROUPS)
     def _multiply() -> None:
         gpu.set_max_registers(_MANY, action="increase")
         own = memory.q.at[group]
 
-        def rows(tile: Any) -> Any:
-            return pl.ds(tile * ROWS + group * _OWN, _OWN)
+        def rows(x: Any) -> Any:
+            return x.at[batch, pl.ds(tile * ROWS + group * _OWN, _OWN), refs.first(x) + head]
 
-        def bring(part: Any, tile: Any, first: Any) -> None:
-            source = part.at[batch, rows(tile), first + head]
-            gpu.copy_gmem_to_smem(source, own, memory.q_there.at[group])
-
-        def give(part: Any, tile: Any, _: Any) -> None:
-            gpu.copy_smem_to_gmem(own, part.at[batch, rows(tile), head])
-
-        _in_part(bring, refs.q, tile, member, first)
+        # Only the third warpgroup asks for parts: a branch here, and ptxas makes a fifth more
+        # instructions of the loop, clearing sums by way of uniform registers.
+        gpu.copy_gmem_to_smem(rows(refs.q), own, memory.q_there.at[group])
         gpu.barrier_wait(memory.q_there.at[group])
-        result = functools.partial(_attend_all, own, memory, steps=steps, count=count)
+        result = functools.partial(_attend_all, own, memory, group, steps=steps, count=count)
         pl.run_scoped(result, gpu.ACC((_OWN, HEAD), jnp.float32))
         gpu.commit_smem()
-        _in_part(give, refs.out, tile, member, first)
+        gpu.copy_smem_to_gmem(own, rows(refs.out))
         gpu.wait_smem_to_gmem(0)
 
     @pl.when(group == _GROUPS)
     def _bring() -> None:
         gpu.set_max_registers(_FEW, action="decrease")
 
-        def copy(target: Any, there: Any, part: Any, step: Any, first: Any) -> None:
-            source = part.at[batch, pl.ds(step * _BLOCK, _BLOCK), first + head]
+        def copy(target: Any, there: Any, part: Any, step: Any) -> None:
+            source = part.at[batch, pl.ds(step * _BLOCK, _BLOCK), refs.first(part) + head]
             gpu.copy_gmem_to_smem(source, target, there)
 
         def bring(step: Any, stage: Any, *, wait: bool) -> None:
@@ -198,8 +221,9 @@ def _run(refs: _Refs, memory: _Memory, count: int) -> None:
                 if wait:
                     gpu.barrier_wait(free.at[stage])
                 to_stage = functools.partial(copy, whole.at[stage], there.at[stage])
-                _in_part(to_stage, parts, step, member, first)
+                _in_part(to_stage, parts, step, refs.place)
 
+        gpu.barrier_arrive(memory.turn.at[0])
         first_steps = min(_STAGES, steps)
         for step in range(first_steps):
             bring(step, step, wait=False)
@@ -209,25 +233,18 @@ def _run(refs: _Refs, memory: _Memory, count: int) -> None:
             bring(step, _stage(step), wait=True)
 
 
-def _in_part(
-    act: Callable[[Any, Any, Any], None], parts: Sequence[Any], tile: Any, member: Any, first: Any
-) -> None:
-    """act(part, tile, first) with the part that a tile of 128 rows is in, and the tile there.
-
-    first: of the heads that are meant, in the first part, which is of this member; others have none
-    but those.
-    """
+def _in_part(act: Callable[[Any, Any], None], parts: Sequence[Any], tile: Any, place: Any) -> None:
+    """act(part, tile) with the part that a tile of 128 rows is in, and the tile there."""
     if len(parts) == 1:
-        act(parts[0], tile, first)
+        act(parts[0], tile)
         return
     tiles = parts[0].shape[1] // ROWS
-    before = _over(lax.rem, member - _over(lax.div, tile, tiles) + len(parts), len(parts))
+    before = _over(lax.rem, place[0] - _over(lax.div, tile, tiles) + len(parts), len(parts))
     for i, part in enumerate(parts):
-        place = functools.partial(act, part, _over(lax.rem, tile, tiles), 0 if i else first)
-        pl.when(before == i)(place)
+        pl.when(before == i)(functools.partial(act, part, _over(lax.rem, tile, tiles)))
 
 
-def _attend_all(own: Any, memory: _Memory, out: Any, *, steps: int, count: int) -> None:
+def _attend_all(own: Any, memory: _Memory, group: Any, out: Any, *, steps: int, count: int) -> None:
     """A warpgroup's queries, in `own`, over all keys; the result takes their place.
 
     out: the accumulator [row, k] of the products with the values.
@@ -264,7 +281,11 @@ def _attend_all(own: Any, memory: _Memory, out: Any, *, steps: int, count: int) 
         gpu.layout_cast(jnp.full((_OWN,), x), gpu.Layout.WGMMA.reduce(1)) for x in (_LOWEST, 0.0)
     )
     real = last if steps == 1 else _BLOCK
+    # One begins when the other has its first weights, and then they stay so: side by side they wait
+    # for the tensor cores together, and which it is chance would decide (3 % of the time).
+    gpu.barrier_wait(memory.turn.at[group])
     best, total, _, weights = _softmax(scores(0, None), *none, real=real, dtype=narrow)
+    gpu.barrier_arrive(memory.turn.at[group + 1])
     state = best, total, weights
     if steps > 1:
         state = lax.fori_loop(1, steps - 1, follow, state)

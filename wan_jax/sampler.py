@@ -7,6 +7,7 @@ compilation. On the CPU the two give the same bits.
 """
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ class Carry(NamedTuple):
 
 
 OnStep = Callable[[Carry, int], None]
+_QUICK = 2.0  # seconds of a step; see sample()
 
 
 class DivergedError(ArithmeticError):
@@ -163,31 +165,66 @@ def sample(
     on_step(carry, steps) is called after every step; what it raises stops the loop, and it must
     copy the arrays that it wants to keep, as the next step reuses their buffers. Raises
     DivergedError naming the step whose latents are no longer finite.
+
+    Quick steps do not wait for that, 2 ms each on four GPUs: the next is at work while the host
+    hears of the last. Who stops a run waits for the step at work, so slow ones are taken singly.
     """
     done, state = start if isinstance(start, Carry) else (0, start)
-    state = _jitted_copy(state) if isinstance(state, State) else _jitted_start(state)
+    # A copy in any case: what copies is then compiled before a quick step asks for it.
+    state = _jitted_copy(state if isinstance(state, State) else _jitted_start(state))
     rows = np.asarray(schedule.table, np.float32)
     given: spread.Branches = tuple(conds)
     scale = jnp.float32(guidance)
     if layout is not None:
         given, scale = spread.place(conds, layout), layout.whole(scale)
     del conds
-    # Between two steps the devices wait for the host: it looks for the program once, brings a
-    # single array, and has asked whether the latents are finite before they are there.
-    run = checked_step.of(dit, state)
+    # Of several processes one may find a step quick that another does not; a step at work in the
+    # first, when both have agreed to stop, would wait for the second's for ever.
+    may_be_quick = jax.process_count() == 1
+    # For its next step a device waits for as little as can be: the host looks for the program once,
+    # brings a single array, and has asked whether the latents are finite before they are there.
+    run, quick = checked_step.of(dit, state), False
+    untold = _Untold(rows, on_step)
     for i, row in enumerate(rows[done:], start=done + 1):
+        begun = time.perf_counter()
+        untold.keep()
         state, finite = run(
             dit, state, row, given, scale, known, implementation=implementation, layout=layout
         )
-        finite.copy_to_host_async()
-        if not bool(finite):
-            raise DivergedError(
-                f"latents became NaN or infinite at step {i} of {len(rows)} "
-                f"(timestep {_row(row).timestep:g}); nothing after it can be right"
-            )
-        if on_step is not None:
-            on_step(Carry(i, state), len(rows))
+        untold.add(Carry(i, state), finite)
+        untold.tell(but=int(quick))
+        quick = may_be_quick and time.perf_counter() - begun < _QUICK
+    untold.tell()
     return state.x
+
+
+class _Untold:
+    """Steps that have been asked for and that on_step has not heard of, for sample()."""
+
+    def __init__(self, rows: np.ndarray, on_step: OnStep | None) -> None:
+        self._rows, self._on_step = rows, on_step
+        self._steps: list[tuple[Carry, Array]] = []
+
+    def keep(self) -> None:
+        """Outlive the next step, which takes the buffers of the state before it."""
+        self._steps = [(Carry(i, _jitted_copy(state)), ok) for (i, state), ok in self._steps]
+
+    def add(self, carry: Carry, finite: Array) -> None:
+        finite.copy_to_host_async()
+        self._steps.append((carry, finite))
+
+    def tell(self, *, but: int = 0) -> None:
+        """Wait for all but so many, and tell of them. DivergedError as sample() has it."""
+        while len(self._steps) > but:
+            carry, finite = self._steps.pop(0)
+            if not bool(finite):
+                timestep = _row(self._rows[carry.done - 1]).timestep
+                raise DivergedError(
+                    f"latents became NaN or infinite at step {carry.done} of {len(self._rows)} "
+                    f"(timestep {timestep:g}); nothing after it can be right"
+                )
+            if self._on_step is not None:
+                self._on_step(carry, len(self._rows))
 
 
 def sample_scan(

@@ -65,26 +65,42 @@ class Share(NamedTuple):
         whole = x if self.devices == 1 else lax.all_gather(x, _BOTH, axis=axis, tiled=True)
         return lax.slice_in_dim(whole, 0, self.tokens, axis=axis)
 
+    def send(
+        self, x_blnk: Array, upcoming: Any = None, *, in_place: bool = False
+    ) -> tuple[Array | Parts, Any]:
+        """Queries, keys or values of this device's rows, on their way to who attends to them.
+
+        upcoming: what the next of these is made of; it comes back. Without a hold on it XLA makes
+        one product and one pass of queries and keys, and has nothing to do while the first travel.
+        in_place: as ulysses.send() has it.
+        """
+        if self.ulysses == 1:
+            return x_blnk, upcoming
+        if xla.writes_to_peers():
+            return ulysses.send(x_blnk, upcoming, self.ulysses, in_place=in_place)
+        return x_blnk, None if upcoming is None else lax.optimization_barrier(upcoming)
+
     def attention(
         self,
-        q_blnk: Array,
-        k_blnk: Array,
-        v_blnk: Array,
+        q_blnk: Array | Parts,
+        k_blnk: Array | Parts,
+        v_blnk: Array | Parts,
         *,
         implementation: str | None = None,
         in_fp8: bool = False,
     ) -> Array:
-        """Self-attention among all tokens, of and for this device's rows [b, l, n, k].
+        """Self-attention among all tokens, of and for this device's rows [b, l, n, k], of send().
 
         The heads must be a multiple of the Ulysses members. in_fp8: as attention() has it, but not
         in a ring, where results are joined by weights that the kernel of 8 bits does not tell.
         """
         options: dict[str, Any] = {"implementation": implementation, "in_fp8": in_fp8}
+        if isinstance(q_blnk, Parts):
+            assert isinstance(k_blnk, Parts) and isinstance(v_blnk, Parts)
+            return ulysses.gather(self._among_parts(q_blnk, k_blnk, v_blnk, **options))
+        assert not isinstance(k_blnk, Parts) and not isinstance(v_blnk, Parts)
         if self.ulysses == 1:
             return self._among(q_blnk, k_blnk, v_blnk, **options)
-        if xla.writes_to_peers():
-            in_parts = functools.partial(self._among_parts, **options)
-            return ulysses.write(in_parts, self.ulysses, q_blnk, k_blnk, v_blnk)
         among = functools.partial(self._among, **options)
         return ulysses.trade(among, self.ulysses, q_blnk, k_blnk, v_blnk)
 
@@ -97,7 +113,7 @@ class Share(NamedTuple):
         # The queries of padding stay; what they give is cut by join().
         return attention(q, k, v, count=self.tokens, implementation=implementation, in_fp8=in_fp8)
 
-    def _among_parts(self, q: Parts, k: Parts, v: Parts, **options: Any) -> tuple[Array, ...]:
+    def _among_parts(self, q: Parts, k: Parts, v: Parts, **options: Any) -> Parts:
         """The same of rows that have come together in parts."""
         if self.ring > 1:
             return q.apart(self._among(q.joined(), k.joined(), v.joined(), **options))

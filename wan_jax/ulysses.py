@@ -4,7 +4,8 @@ A member's rows of all heads [b, l, n, k] are cut by heads, each member is given
 by the others, and what attention makes of them goes back the same way. Inside shard_map.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,31 +43,40 @@ def _swap(parts: Array) -> Array:
     return lax.all_to_all(parts, ULYSSES, split_axis=0, concat_axis=0)
 
 
-def write(run: Callable[..., tuple[Array, ...]], members: int, *qkv_blnk: Array) -> Array:
-    """run(q, k, v: Parts) the same, between devices that write to each other.
+def send(x: Array, upcoming: Any, members: int, *, in_place: bool) -> tuple[Parts, Any]:
+    """x [b, l, n, k] on its way between devices that write to each other, as Parts of their rows.
 
-    Values and keys travel while queries are made, beside the products. run() is given what came as
-    it lies there, and what it gives goes back so.
+    upcoming: what the next such is made of, given back. By it nothing of that begins before what
+    is sent lies there, which then travels beside it. in_place: x is in memory anyway, so its own
+    heads are left among all; else XLA writes what is sent and what is kept, each where it goes.
     """
-    b, rows, n, k = qkv_blnk[0].shape
+    b, rows, n, k = x.shape
     own = lax.axis_index(ULYSSES)
+    of_members = x.reshape(b, rows, members, -1, k)
+
+    def of(member: Array) -> Array:
+        return lax.dynamic_index_in_dim(of_members, member, 2, keepdims=False)
+
+    sent = [of((own + i) % members) for i in range(1, members)]
+    sent, upcoming = lax.optimization_barrier((sent, upcoming))
     place = jnp.stack([own, own * (n // members)])
-
-    def there(x: Array) -> Parts:
-        of_members = x.reshape(b, rows, members, -1, k)
-        sent = [
-            lax.dynamic_index_in_dim(of_members, (own + i) % members, 2, keepdims=False)
-            for i in range(1, members)
-        ]
-        return Parts(x, _sent(sent, 1), place)
-
-    mine, *others = run(*map(there, qkv_blnk))
-    # Each goes back to whom its rows are from; here are this member's heads, the next one's, ...
-    found = jnp.stack([mine, *_sent(others, -1)], 2)
-    return jnp.roll(found, own, 2).reshape(b, rows, n, k)
+    return Parts(x if in_place else of(own), _travel(sent, 1), place), upcoming
 
 
-def _sent(parts: list[Array], way: int) -> tuple[Array, ...]:
+def gather(found: Parts) -> Array:
+    """This member's rows [b, l, n, k] of all heads, of what each has found for the others' rows.
+
+    found: its own among all heads, where the others' take their places.
+    """
+    whole = found.own
+    heads = found.others[0].shape[2]
+    for i, part in enumerate(_travel(found.others, -1), start=1):
+        first = (found.place[0] + i) % found.members * heads
+        whole = lax.dynamic_update_slice_in_dim(whole, part, first, axis=2)
+    return whole
+
+
+def _travel(parts: Sequence[Array], way: int) -> tuple[Array, ...]:
     """What comes when all send the first to the next member, the second to that behind it, ...
 
     way: 1, or -1 for those before.

@@ -160,6 +160,7 @@ class Mosaic:
             rem=lax.rem,
             div=lax.div,
             rsqrt=lax.rsqrt,
+            optimization_barrier=lambda x: x,
         )
 
     def _bring(self, source: _Cell, target: _Cell, barrier: _Barrier) -> None:

@@ -29,7 +29,7 @@ ORDER = (
     {"sharding", "labels", "shipped"},
     {"media", "plans", "columns", "tiles"},
     {"layers"},
-    {"rope", "cudnn", "vae_stages", "parts"},
+    {"rope", "cudnn", "vae_stages", "parts", "stack"},
     {"hopper", "hopper_norm", "ulysses"},
     {"attention", "residual"},
     {"vae_blocks", "patches", "sequence", "image_tokens"},

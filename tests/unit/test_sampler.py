@@ -244,6 +244,39 @@ def test_on_step_sees_every_step_and_its_latents() -> None:
         assert relative_l2(latents, x) <= tolerances.SAMPLER_STEP
 
 
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_quick_steps_are_asked_for_before_the_last_is_told_of(
+    seconds: float, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the first two, of which the first is never quick; what is told of is not taken."""
+    monkeypatch.setattr(sampler, "_QUICK", seconds)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    asked: list[int] = []
+    told: list[tuple[int, int]] = []
+    of = sampler.checked_step.of
+
+    def counted(*args: Any) -> Callable[..., Any]:
+        run = of(*args)
+
+        def ask(*args: Any, **named: Any) -> Any:
+            asked.append(len(asked) + 1)
+            return run(*args, **named)
+
+        return ask
+
+    def on_step(carry: Carry, steps: int) -> None:
+        told.append((carry.done, len(asked)))
+        assert np.isfinite(np.array(carry.state.x)).all()
+
+    monkeypatch.setattr(sampler.checked_step, "of", counted)
+    network = _line(lambda x, t, cond: cond * x)
+    sample(network, _noise(), _schedule(), (jnp.float32(0.7),), guidance=1.0, on_step=on_step)
+    quick = seconds > 0 and processes == 1
+    ahead = [(1, 1), *((i, i + 1) for i in range(2, STEPS)), (STEPS, STEPS)]
+    assert told == (ahead if quick else [(i, i) for i in range(1, STEPS + 1)])
+
+
 def test_what_on_step_raises_stops_the_loop() -> None:
     steps: list[int] = []
 

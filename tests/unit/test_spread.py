@@ -20,7 +20,6 @@ from tests.unit.conftest import TINY, TINY_I2V
 from wan_jax import plans, sampler, schedulers, sequence, spread, ulysses, xla
 from wan_jax.config import DiTConfig
 from wan_jax.dit import Cond, DiT
-from wan_jax.parts import Parts
 from wan_jax.plans import Plan
 from wan_jax.sharding import AXES, RING, ULYSSES, Layout
 from wan_jax.weights import miniature, trees
@@ -170,9 +169,14 @@ def test_devices_that_write_to_each_other_give_the_same_latents(
     assert relative_l2(found, alone["75 tokens"]) <= tolerances.SPREAD
 
 
-def taken(*qkv: Parts) -> tuple[jax.Array, ...]:
-    """Queries, keys and values of one head, added up head by head, for whom they are from."""
-    return qkv[0].apart(sum(x.joined() for x in qkv))
+def written_to_peers(members: int, *qkv: jax.Array) -> jax.Array:
+    """What attention is given is added up; one comes from where it lay among all heads."""
+    parts = []
+    for i, x in enumerate(qkv):
+        part, upcoming = ulysses.send(x, qkv[i + 1 :], members, in_place=i == 1)
+        assert len(upcoming) == len(qkv) - i - 1
+        parts.append(part)
+    return ulysses.gather(parts[0].apart(sum(part.joined() for part in parts)))
 
 
 @pytest.mark.parametrize("members", [2, 3, 8])
@@ -186,7 +190,7 @@ def test_devices_that_write_to_each_other_trade_as_others(members: int) -> None:
         )
         return jax.jit(mapped)
 
-    written = spread_over(functools.partial(ulysses.write, taken, members))
+    written = spread_over(functools.partial(written_to_peers, members))
     traded = spread_over(functools.partial(ulysses.trade, lambda q, k, v: q + k + v, members))
     stream = np.random.RandomState(members)
     shape = (2, 3 * members, 3 * members, 4)
