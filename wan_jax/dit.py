@@ -242,7 +242,7 @@ class DiT(nnx.Module):
         # What is given to the next block is also what the way back keeps: with remat one array.
         waiting = residuals is None and remat == "none"
         stream = Stream.of(h_bld, self.text_in.kernel.dtype, waiting=waiting)
-        # Weights in the host's memory are copied by what else brings them.
+        # Not out of the host's memory, which copies have to bring; of a ring it was not measured.
         together = share.ulysses > 1 and xla.on_nvidia() and host_memory.fetch_of(self) is None
         scan = scan_by_kernels if together else lax.scan
         return scan(_remat(body, remat), stream, (stack, cond, residuals))[0].whole()
@@ -336,7 +336,8 @@ class DiT(nnx.Module):
     ) -> Array:
         values = self._heads(linear(weights.v, x))
         if share.ulysses > 1:
-            # A gradient would be summed in 16 bits; none is taken, as a training has no such share.
+            # As products read it, so that what has to wait for another's journey is half the bytes.
+            # (A gradient would be summed so; none is taken, as a training has no such share.)
             x = x.astype(values.dtype)
         upcoming = x, mod.cos_lk, mod.sin_lk
         v, upcoming = share.send(values, upcoming, in_place=True)

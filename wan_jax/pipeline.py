@@ -335,9 +335,7 @@ class Wan:
 
         def on_step(carry: sampler.Carry, steps: int) -> None:
             if callback is not None:
-                # A copy: the step's own buffer is the next step's, and a callback may keep it.
-                latents = jnp.copy(carry.state.x)
-                callback(Progress("denoise", carry.done, steps, latents, carry))
+                callback(Progress("denoise", carry.done, steps, carry.state.x, carry))
 
         with self._stage("dit", callback) as network:
             tell(callback, "denoise", done, len(request.schedule.table))

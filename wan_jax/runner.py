@@ -276,11 +276,16 @@ class _Run:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """What ends the block early leaves the state after the last step that was done."""
+        """What ends the block early leaves the state after the last step that was told of.
+
+        But where latents diverge, they would do so again.
+        """
         try:
             yield
         except BaseException as error:
             if self._store is None or self._carry is None:
+                raise
+            if isinstance(error, DivergedError) and not self._is_denoised:
                 raise
             try:
                 self._save(self._store, self._carry)

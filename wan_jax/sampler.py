@@ -41,7 +41,7 @@ class Carry(NamedTuple):
 
 
 OnStep = Callable[[Carry, int], None]
-_QUICK = 2.0  # seconds of a step; see sample()
+_QUICK = 2.0  # seconds that a step and its on_step may take; see sample()
 
 
 class DivergedError(ArithmeticError):
@@ -162,12 +162,12 @@ def sample(
     start: the noise, or where an interrupted run stood, whose bits go on as if it had not been.
     known: as velocity() has it. layout: of the devices to spread it over; the weights lie there as
     layout.weights() says, all else is whole on them.
-    on_step(carry, steps) is called after every step; what it raises stops the loop, and it must
-    copy the arrays that it wants to keep, as the next step reuses their buffers. Raises
-    DivergedError naming the step whose latents are no longer finite.
+    on_step(carry, steps) is called after every step; what it raises stops the loop. It may keep
+    carry.state.x, but must copy what else of the carry it wants to keep, as the next step may take
+    those buffers. Raises DivergedError naming the step whose latents are no longer finite.
 
-    Quick steps do not wait for that, 2 ms each on four GPUs: the next is at work while the host
-    hears of the last. Who stops a run waits for the step at work, so slow ones are taken singly.
+    Quick steps do not wait for that, some 2 ms of the host on four GPUs: the next is at work while
+    it hears of the last. Who stops a run waits for that one, so slow steps are taken singly.
     """
     done, state = start if isinstance(start, Carry) else (0, start)
     # A copy in any case: what copies is then compiled before a quick step asks for it.
@@ -198,33 +198,45 @@ def sample(
     return state.x
 
 
+class _Asked(NamedTuple):
+    """A step that was asked for; kept: whether its carry is a copy that no step takes."""
+
+    carry: Carry
+    finite: Array
+    kept: bool = False
+
+
 class _Untold:
     """Steps that have been asked for and that on_step has not heard of, for sample()."""
 
     def __init__(self, rows: np.ndarray, on_step: OnStep | None) -> None:
         self._rows, self._on_step = rows, on_step
-        self._steps: list[tuple[Carry, Array]] = []
+        self._steps: list[_Asked] = []
 
     def keep(self) -> None:
-        """Outlive the next step, which takes the buffers of the state before it."""
-        self._steps = [(Carry(i, _jitted_copy(state)), ok) for (i, state), ok in self._steps]
+        """Outlive the next step. What on_step copied itself would be there after that one only."""
+        self._steps = [
+            _Asked(Carry(i, _jitted_copy(state)), finite, kept=True)
+            for (i, state), finite, _ in self._steps
+        ]
 
     def add(self, carry: Carry, finite: Array) -> None:
         finite.copy_to_host_async()
-        self._steps.append((carry, finite))
+        self._steps.append(_Asked(carry, finite))
 
     def tell(self, *, but: int = 0) -> None:
         """Wait for all but so many, and tell of them. DivergedError as sample() has it."""
         while len(self._steps) > but:
-            carry, finite = self._steps.pop(0)
+            (i, state), finite, kept = self._steps.pop(0)
             if not bool(finite):
-                timestep = _row(self._rows[carry.done - 1]).timestep
+                timestep = _row(self._rows[i - 1]).timestep
                 raise DivergedError(
-                    f"latents became NaN or infinite at step {carry.done} of {len(self._rows)} "
+                    f"latents became NaN or infinite at step {i} of {len(self._rows)} "
                     f"(timestep {timestep:g}); nothing after it can be right"
                 )
             if self._on_step is not None:
-                self._on_step(carry, len(self._rows))
+                state = state if kept else state._replace(x=jnp.copy(state.x))
+                self._on_step(Carry(i, state), len(self._rows))
 
 
 def sample_scan(

@@ -68,11 +68,12 @@ class Share(NamedTuple):
     def send(
         self, x_blnk: Array, upcoming: Any = None, *, in_place: bool = False
     ) -> tuple[Array | Parts, Any]:
-        """Queries, keys or values of this device's rows, on their way to who attends to them.
+        """Queries, keys or values of this device's rows, as attention() takes them.
 
-        upcoming: what the next of these is made of; it comes back. Without a hold on it XLA makes
-        one product and one pass of queries and keys, and has nothing to do while the first travel.
-        in_place: as ulysses.send() has it.
+        Between devices that write to each other they are on their way from here on; else they go
+        when attention() exchanges them. upcoming: what the next of these is made of; it comes back.
+        Without a hold on it XLA makes one product and one pass of queries and keys, and has nothing
+        to do while the first travel. in_place: as ulysses.send() has it.
         """
         if self.ulysses == 1:
             return x_blnk, upcoming

@@ -119,11 +119,15 @@ def _strided(shape: tuple[int, ...], vec_size: int) -> str:
 
 
 class Mosaic:
-    """The modules `gpu`, `pl` and `lax` of a kernel; started: the blocks that have run."""
+    """The modules `gpu`, `pl` and `lax` of a kernel; started: the blocks that have run.
+
+    products: of each the number of its block and its warpgroup, in their order.
+    """
 
     def __init__(self) -> None:
         self._own = threading.local()
         self.started = 0
+        self.products: list[tuple[int, int]] = []
         self.gpu = types.SimpleNamespace(
             ACC=lambda shape, dtype: ("ACC", shape, dtype),
             SMEM=lambda shape, dtype, transforms: ("SMEM", shape, dtype),
@@ -143,7 +147,7 @@ class Mosaic:
             barrier_arrive=_Barrier.arrive,
             copy_gmem_to_smem=self._bring,
             copy_smem_to_gmem=lambda source, target: target.__setitem__(..., source.value),
-            wgmma=lambda *operands: self._own.pending.append(operands),
+            wgmma=self._multiply,
             wgmma_accumulator_load=self._load,
             kernel=self._kernel,
         )
@@ -166,6 +170,10 @@ class Mosaic:
     def _bring(self, source: _Cell, target: _Cell, barrier: _Barrier) -> None:
         target[...] = source.value
         barrier.arrive()
+
+    def _multiply(self, *operands: Any) -> None:
+        self.products.append((self.started, self._own.place[self._group]))
+        self._own.pending.append(operands)
 
     def _load(self, accumulator: _Cell, wait_n: int) -> jax.Array:
         pending = self._own.pending

@@ -17,7 +17,7 @@ import pytest
 import wan_jax
 from tests.unit.test_cli import ROOT, environment, parse, script
 from tests.unit.test_media import decode
-from wan_jax import cli, devices, jobs, labels, media, resume, runner
+from wan_jax import cli, devices, jobs, labels, media, resume, runner, sampler
 from wan_jax.sampler import Carry, State
 
 Run = Callable[..., None]
@@ -188,6 +188,26 @@ def watched(method: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
         return method(self, part, callback)
 
     return network
+
+
+def test_latents_that_diverge_are_not_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would do so again."""
+    sample = sampler.sample
+
+    def diverges(*args: Any, on_step: sampler.OnStep, **named: Any) -> Any:
+        def hear(carry: sampler.Carry, steps: int) -> None:
+            on_step(carry, steps)
+            raise sampler.DivergedError("at step 2")
+
+        return sample(*args, on_step=hear, **named)
+
+    monkeypatch.setattr(sampler, "sample", diverges)
+    with pytest.raises(sampler.DivergedError, match="at step 2"):
+        run("--resume_dir", "states", "--save_file", "x.npz")
+    assert not list(tmp_path.glob("states/*"))
+    assert "takes them up" not in capsys.readouterr().err
 
 
 def test_the_first_error_is_told_when_the_state_cannot_be_saved_either(

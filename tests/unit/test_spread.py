@@ -17,11 +17,14 @@ import wan_jax
 from tests import tolerances
 from tests.random_weights import random_array, relative_l2
 from tests.unit.conftest import TINY, TINY_I2V
-from wan_jax import plans, sampler, schedulers, sequence, spread, ulysses, xla
+from wan_jax import dit as dit_module
+from wan_jax import host_memory, plans, sampler, schedulers, sequence, spread, ulysses, xla
 from wan_jax.config import DiTConfig
 from wan_jax.dit import Cond, DiT
+from wan_jax.parts import Parts
 from wan_jax.plans import Plan
 from wan_jax.sharding import AXES, RING, ULYSSES, Layout
+from wan_jax.stack import scan_by_kernels
 from wan_jax.weights import miniature, trees
 
 HEADS = 12
@@ -203,6 +206,53 @@ def test_devices_that_write_to_each_other_trade_as_others(members: int) -> None:
     of_each = back(*qkv)
     for gradient in of_each:
         np.testing.assert_array_equal(gradient, qkv[0])
+
+
+@pytest.mark.usefixtures("peers", "traced_anew")
+def test_what_is_made_next_waits_for_what_is_sent() -> None:
+    """And not for its journey: one barrier holds both, and what leaves it travels."""
+    layout = layout_of(Plan(ulysses=2))
+
+    def send(x: jax.Array, upcoming: jax.Array) -> tuple[jax.Array, jax.Array]:
+        parts, upcoming = sequence.Share(8, ulysses=2).send(x, upcoming)
+        assert isinstance(parts, Parts) and parts.own.shape == (1, 4, 1, 4)
+        return parts.others[0], upcoming
+
+    mapped = jax.shard_map(
+        send, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+    )
+    program = jax.make_jaxpr(mapped)(jnp.ones((1, 4, 2, 4)), jnp.ones(3)).jaxpr
+    inner = program.eqns[0].params["jaxpr"]
+    equations = {equation.primitive.name: equation for equation in inner.eqns}
+    sent, upcoming = equations["optimization_barrier"].outvars
+    assert equations["ppermute"].invars == [sent]
+    assert inner.outvars == [*equations["ppermute"].outvars, upcoming]
+
+
+@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("plan", [Plan(ulysses=2), Plan(ring=2, ulysses=2), Plan(ring=2)], ids=str)
+def test_nvidias_gpus_that_share_tokens_cut_layers_by_kernels(
+    dit: DiT,
+    alone: dict[str, jax.Array],
+    plan: Plan,
+    streamed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But not out of the host's memory."""
+    taken: list[str] = []
+
+    def counted(*args: Any) -> Any:
+        taken.append("kernels")
+        return scan_by_kernels(*args)
+
+    monkeypatch.setattr(dit_module, "scan_by_kernels", counted)
+    monkeypatch.setattr(xla, "on_nvidia", lambda: True)
+    if streamed:
+        monkeypatch.setattr(host_memory, "fetch_of", lambda network: lambda layer: layer)
+    found = sample(dit, "75 tokens", layout=layout_of(plan))
+    assert relative_l2(found, alone["75 tokens"]) <= tolerances.SPREAD
+    assert bool(taken) == (plan.ulysses > 1 and not streamed)
 
 
 @pytest.mark.parametrize(("plan", "guards"), [(Plan(ulysses=6), 2), (Plan(), 0)], ids=str)

@@ -163,7 +163,9 @@ def denoise(setup: Setup, work: Work) -> Memory:
     videos = -(-work.batch // plan.batch)
     latents = work.batch * math.prod(work.latent_shape) * 4
     size = setup.itemsize
-    given = 4 * latents + videos * costs.condition_bytes(
+    # The solver's state and, of a step that is told of, a copy of the latents, or while the next
+    # one is at work of the state.
+    given = 8 * latents + videos * costs.condition_bytes(
         config, images=images, plan=plan, branches=work.branches, itemsize=size
     )
     kind = {"nvidia": setup.nvidia, "quantized": setup.quantize is not None}
