@@ -33,8 +33,8 @@ _OWN = ROWS // _GROUPS  # queries of each
 _BLOCK = 128  # keys at a time
 _STAGES = 2  # blocks in shared memory
 _AT_ONCE = 132  # thread blocks on an H100 SXM or H200, one on each multiprocessor
-# So many times the rounds of one kernel are what several may take: to join queries and part results
-# costs as much, of the 1.3B and 14B at 480P, in passes and in journeys that nothing runs beside.
+# So many times the rounds of one kernel are what several may take. To join queries and to part
+# results is reckoned to cost the 1.3B and the 14B at 480P as much, in passes and open journeys.
 _ROUNDED = 1.02
 # Registers of a thread: 64 scores, 64 sums of the result, 32 weights and what else there is.
 _MANY, _FEW = 240, 24
