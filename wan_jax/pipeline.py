@@ -334,8 +334,8 @@ class Wan:
             start = self._put(start)
 
         def on_step(carry: sampler.Carry, steps: int) -> None:
-            if callback is not None:
-                callback(Progress("denoise", carry.done, steps, carry.state.x, carry))
+            assert callback is not None
+            callback(Progress("denoise", carry.done, steps, carry.state.x, carry))
 
         with self._stage("dit", callback) as network:
             tell(callback, "denoise", done, len(request.schedule.table))
@@ -348,7 +348,7 @@ class Wan:
                 conds,
                 guidance=request.guidance,
                 known=None if known is None else self._put(known.channels),
-                on_step=on_step,
+                on_step=None if callback is None else on_step,
                 layout=self._layout("dit"),
             )
 

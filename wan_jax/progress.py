@@ -14,7 +14,8 @@ class Progress(NamedTuple):
     stage: "load", "encode", "clip", "image", "denoise", "decode" or, in bytes, "download",
     "convert", "upload", "export"; the first report of each has done = 0 or, where a run is taken
     up, the steps before. latents: float32 [b, t, h, w, c] after a denoising step, else None. carry:
-    then also where the solver stands, in buffers that the next step reuses: copy what is kept.
+    then also where the solver stands, in buffers that the next step reuses but for the latents:
+    copy what is kept.
     """
 
     stage: str

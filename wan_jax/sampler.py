@@ -198,36 +198,26 @@ def sample(
     return state.x
 
 
-class _Asked(NamedTuple):
-    """A step that was asked for; kept: whether its carry is a copy that no step takes."""
-
-    carry: Carry
-    finite: Array
-    kept: bool = False
-
-
 class _Untold:
     """Steps that have been asked for and that on_step has not heard of, for sample()."""
 
     def __init__(self, rows: np.ndarray, on_step: OnStep | None) -> None:
         self._rows, self._on_step = rows, on_step
-        self._steps: list[_Asked] = []
+        self._steps: list[tuple[Carry, Array]] = []
 
     def keep(self) -> None:
         """Outlive the next step. What on_step copied itself would be there after that one only."""
-        self._steps = [
-            _Asked(Carry(i, _jitted_copy(state)), finite, kept=True)
-            for (i, state), finite, _ in self._steps
-        ]
+        if self._on_step is not None:
+            self._steps = [(Carry(i, _jitted_copy(state)), ok) for (i, state), ok in self._steps]
 
     def add(self, carry: Carry, finite: Array) -> None:
         finite.copy_to_host_async()
-        self._steps.append(_Asked(carry, finite))
+        self._steps.append((carry, finite))
 
     def tell(self, *, but: int = 0) -> None:
         """Wait for all but so many, and tell of them. DivergedError as sample() has it."""
         while len(self._steps) > but:
-            (i, state), finite, kept = self._steps.pop(0)
+            (i, state), finite = self._steps.pop(0)
             if not bool(finite):
                 timestep = _row(self._rows[i - 1]).timestep
                 raise DivergedError(
@@ -235,7 +225,8 @@ class _Untold:
                     f"(timestep {timestep:g}); nothing after it can be right"
                 )
             if self._on_step is not None:
-                state = state if kept else state._replace(x=jnp.copy(state.x))
+                if not self._steps:  # nothing was asked for since, so these are no copies yet
+                    state = state._replace(x=jnp.copy(state.x))
                 self._on_step(Carry(i, state), len(self._rows))
 
 
