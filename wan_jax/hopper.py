@@ -80,25 +80,43 @@ def attend_parts(q: Parts, k: Parts, v: Parts, count: int) -> Parts:
     """attend() of parts of multiples of 128 rows; the result as attention_in_parts() has it.
 
     The numbers are those of attend() for what is joined. Where that leaves hardly more of the GPU
-    idle, each part of the queries has a kernel of its own, this device's first: it is at work while
-    the others' travel, and what is found for those travels beside the next. Else they are joined.
+    idle, each part of the queries has a kernel of its own. Half of this device's are first, while
+    the others' travel, and half are last, while what was found for those does. Else queries are
+    joined.
     """
-    run = functools.partial(
-        _kernel, k=(k.own, *k.others), v=(v.own, *v.others), count=count, place=q.place
-    )
-    blocks = q.own.shape[0] * q.heads * q.rows // ROWS
-    if q.members * _rounds(blocks) > _ROUNDED * _rounds(q.members * blocks):
+    # One program for all of as many tiles: to make one and to compile it takes a second.
+    program = jax.jit(functools.partial(_kernel, count=count), static_argnames="tiles")
+    run = functools.partial(program, k=(k.own, *k.others), v=(v.own, *v.others), place=q.place)
+    tiles, blocks = q.rows // ROWS, q.own.shape[0] * q.heads
+    if q.members * _rounds(tiles * blocks) > _ROUNDED * _rounds(q.members * tiles * blocks):
         found = run(jnp.concatenate((q.mine, *q.others), 1))
         return q.like(jnp.split(found, q.members, 1))
-    each = [run(q.own, among=q.members * q.heads)]
+    half = _half(tiles, blocks)
+    b, _, n, d = q.others[0].shape
+    whole = lax.empty((b, q.rows, q.members * n, d), q.own.dtype)
+    found = [run(q.own, start=jnp.array([0], jnp.int32), tiles=half, into=whole)]
     for part in q.others:
-        each[-1], part = lax.optimization_barrier((each[-1], part))  # one after the other
-        each.append(run(part))
-    return Parts(each[0], tuple(each[1:]), q.place)
+        found[-1], part = lax.optimization_barrier((found[-1], part))  # one after the other
+        found.append(run(part))
+    own, *others = found
+    if half < tiles:
+        own, others[-1] = lax.optimization_barrier((own, others[-1]))
+        rest = jnp.array([half], jnp.int32)
+        own = run(q.own, start=rest, tiles=tiles - half, into=own)
+    return Parts(own, tuple(others), q.place)
 
 
 def _rounds(blocks: int) -> int:
     return -(-blocks // _AT_ONCE)
+
+
+def _half(tiles: int, blocks: int) -> int:
+    """How many tiles of so many thread blocks are half of them; all, if that took a round more."""
+    whole = _rounds(tiles * blocks)
+    for half in (tiles // 2, whole // 2 * _AT_ONCE // blocks):
+        if half and _rounds(half * blocks) + _rounds((tiles - half) * blocks) == whole:
+            return half
+    return tiles
 
 
 def _attend_cudnn(q: Array, k: Array, v: Array, count: int) -> Array:
@@ -125,7 +143,8 @@ attend_parts.defvjp(*_passes(_attend_parts_cudnn))
 class _Refs(NamedTuple):
     """What the kernel has in the GPU's memory: keys and values in parts, with a place if several.
 
-    All may have more heads than those that are meant, but for parts of other members.
+    All may have more heads than those that are meant, but for parts of other members. start: the
+    first tile of the queries that is meant, if not of all.
     """
 
     q: Any
@@ -133,10 +152,15 @@ class _Refs(NamedTuple):
     v: Sequence[Any]
     out: Any
     place: Any
+    start: Any
 
     def first(self, x: Any) -> Any:
         """The first head that is meant of those that x has."""
         return self.place[1] if x.shape[2] > self.k[-1].shape[2] else 0
+
+    def tile(self, index: Any) -> Any:
+        """That of a thread block."""
+        return index if self.start is None else self.start[0] + index
 
 
 def _kernel(
@@ -146,10 +170,17 @@ def _kernel(
     count: int,
     place: Array | None = None,
     *,
-    among: int | None = None,
+    start: Array | None = None,
+    tiles: int | None = None,
+    into: Array | None = None,
 ) -> Array:
-    """The queries' attention to keys in parts; among: so many heads of which these are found."""
+    """The queries' attention to keys in parts.
+
+    start, tiles: of 128 rows, the first, int32 [1], and how many it is found for, if not for all.
+    into: of all members' heads; the result is this with what is found put in, in its place.
+    """
     (b, s, _, d), dtype, parts, n = q.shape, q.dtype, len(k), k[-1].shape[2]
+    given = [q, *k, *v, *(x for x in (place, start) if x is not None)]
     layout = gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128)
 
     def shared(*shape: int) -> Any:
@@ -159,8 +190,10 @@ def _kernel(
         return gpu.Barrier(num_arrivals=arrivals, num_barriers=number)
 
     def block(*refs: Any) -> None:
-        (q_ref, *given), where = refs[: 1 + 2 * parts], None if place is None else refs[-2]
-        ours = _Refs(q_ref, given[:parts], given[parts:], refs[-1], where)
+        q_ref, *rest, out = refs
+        given, numbers = rest[: 2 * parts], iter(rest[2 * parts :])
+        each = (None if x is None else next(numbers) for x in (place, start))
+        ours = _Refs(q_ref, given[:parts], given[parts:], out, *each)
         pl.run_scoped(
             lambda *memory: _run(ours, _Memory(*memory), count),
             shared(_GROUPS, _OWN, d),
@@ -172,16 +205,22 @@ def _kernel(
             collective_axes=_GROUP,
         )
 
-    return gpu.kernel(
-        block,
-        out_type=jax.ShapeDtypeStruct((b, s, among or n, d), dtype),
+    mesh = gpu.Mesh(
         # Blocks at work at a time are of few heads, whose keys and values are then in the L2 cache.
-        grid=(n, s // ROWS, b),
+        grid=(n, s // ROWS if tiles is None else tiles, b),
         grid_names=_GRID,
         num_threads=_GROUPS + 1,
         thread_name=_GROUP,
-        compiler_params=gpu.CompilerParams(approx_math=True),
-    )(q, *k, *v, *(() if place is None else (place,)))
+    )
+    # gpu.kernel() would do, but JAX 0.10's takes no array to write into.
+    launch = functools.partial(
+        pl.kernel, block, mesh=mesh, compiler_params=gpu.CompilerParams(approx_math=True)
+    )
+    if into is None:
+        return launch(out_type=jax.ShapeDtypeStruct((b, s, n, d), dtype))(*given)
+    out = jax.new_ref(into)
+    launch()(*given, out)
+    return jax.freeze(out)
 
 
 def _run(refs: _Refs, memory: _Memory, count: int) -> None:
@@ -192,10 +231,10 @@ def _run(refs: _Refs, memory: _Memory, count: int) -> None:
     @pl.when(group < _GROUPS)
     def _multiply() -> None:
         gpu.set_max_registers(_MANY, action="increase")
-        own = memory.q.at[group]
+        own, first_row = memory.q.at[group], refs.tile(tile) * ROWS + group * _OWN
 
         def rows(x: Any) -> Any:
-            return x.at[batch, pl.ds(tile * ROWS + group * _OWN, _OWN), refs.first(x) + head]
+            return x.at[batch, pl.ds(first_row, _OWN), refs.first(x) + head]
 
         # Only the third warpgroup asks for parts: a branch here, and ptxas makes a fifth more
         # instructions of the loop, clearing sums by way of uniform registers.

@@ -150,17 +150,20 @@ class Mosaic:
             wgmma=self._multiply,
             wgmma_accumulator_load=self._load,
             kernel=self._kernel,
+            Mesh=lambda **counts: counts,
         )
         self.pl = types.SimpleNamespace(
             ds=lambda start, size: slice(int(start), int(start) + size),
             when=lambda condition: lambda run: run() if condition else None,
             loop=lambda low, high: lambda run: [run(i) for i in range(low, high)] and None,
             run_scoped=self._run_scoped,
+            kernel=lambda body, *, mesh, **rest: self._kernel(body, **mesh, **rest),
         )
         self.lax = types.SimpleNamespace(
             axis_index=lambda name: self._own.place[name],
             fori_loop=_loop,
             broadcast_in_dim=lax.broadcast_in_dim,
+            empty=lax.empty,
             rem=lax.rem,
             div=lax.div,
             rsqrt=lax.rsqrt,
@@ -224,7 +227,7 @@ class Mosaic:
         self,
         body: Callable,
         *,
-        out_type: Any,
+        out_type: Any = (),
         grid: tuple[int, ...],
         grid_names: tuple[str, ...],
         compiler_params: None,
@@ -237,11 +240,14 @@ class Mosaic:
         def call(*arrays: jax.Array) -> Any:
             wanted, tree = jax.tree.flatten(out_type)
             results = [np.full(one.shape, np.nan, one.dtype) for one in wanted]
-            refs = [_Cell(np.asarray(array)) for array in arrays]
+            refs = [_Cell(np.array(array[...])) for array in arrays]
             for place in _places(grid):
                 self._own.place = dict(zip(grid_names, place, strict=True))
                 body(*refs, *map(_Cell, results))
                 self.started += 1
+            for array, ref in zip(arrays, refs, strict=True):
+                if isinstance(array, jax.Ref):
+                    array[...] = ref.value
             return jax.tree.unflatten(tree, map(jnp.asarray, results))
 
         return call

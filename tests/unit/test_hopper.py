@@ -1,6 +1,8 @@
 """The attention kernel for Hopper: its algorithm in threads, its program, and when it is taken."""
 
 import functools
+import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,9 @@ def draw(
 
 
 @pytest.fixture
-def mosaic(monkeypatch: pytest.MonkeyPatch) -> Mosaic:
-    return in_place_of_mosaic(hopper, monkeypatch)
+def mosaic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mosaic]:
+    with jax.disable_jit():  # its threads see values
+        yield in_place_of_mosaic(hopper, monkeypatch)
 
 
 def exact(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> np.ndarray:
@@ -128,25 +131,44 @@ def test_parts_as_they_lie_give_what_they_give_together(
 
 
 @pytest.mark.parametrize(
-    ("members", "heads", "kernels"), [(2, 6, 2), (4, 3, 1)], ids=["1.3B on two", "1.3B on four"]
+    ("members", "heads", "kernels", "programs"),
+    [(2, 6, 3, 2), (4, 10, 5, 3), (4, 3, 1, 1)],
+    ids=["1.3B on two", "14B on four", "1.3B on four"],
 )
 def test_mosaic_takes_the_program_of_parts(
-    members: int, heads: int, kernels: int, monkeypatch: pytest.MonkeyPatch
+    members: int, heads: int, kernels: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing else passes over them, but where parts of their own would leave much idle."""
+    """And nothing else passes over them, but where parts of their own would leave much idle.
+
+    This device's are in halves, which are one program where they have as many tiles.
+    """
     monkeypatch.setattr(xla, "traced_for", lambda: H200)
     rows = 32768 // members
     own, other, all_heads = (
-        jax.ShapeDtypeStruct((1, rows, n, 128), jnp.bfloat16) for n in (heads, heads, 12)
+        jax.ShapeDtypeStruct((1, rows, n, 128), jnp.bfloat16)
+        for n in (heads, heads, heads * members)
     )
     place = jax.ShapeDtypeStruct((2,), jnp.int32)
     q, v = (Parts(x, (other,) * (members - 1), place) for x in (own, all_heads))
     run = functools.partial(attention_in_parts, count=32760)
     text = jax.jit(run).trace(q, q, v).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels
-    held = text.count("stablehlo.optimization_barrier")
-    alone = text.count("stablehlo.") == kernels + held
-    assert (alone, held) == ((True, members - 1) if kernels == members else (False, 0))
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == programs
+    assert text.count("call @_kernel") == kernels
+    passes = {"concatenate", "slice", "dynamic_update_slice"}
+    assert bool(passes & set(re.findall(r"stablehlo\.(\w+)", text))) == (kernels == 1)
+    assert text.count("stablehlo.optimization_barrier") == kernels - 1
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "wanted"),
+    [(128, 6, 64), (128, 20, 64), (64, 10, 26), (296, 20, 145), (10, 6, 10), (1, 200, 1)],
+    ids=str,
+)
+def test_halves_take_no_more_rounds_than_all(tiles: int, blocks: int, wanted: int) -> None:
+    """Of 132 thread blocks: halves where they do, else so many rounds of both, else one kernel."""
+    half = hopper._half(tiles, blocks)
+    rounds = [-(-n * blocks // 132) for n in (half, tiles - half, tiles)]
+    assert half == wanted and rounds[0] + rounds[1] == rounds[2]
 
 
 def test_half_precision(mosaic: Mosaic) -> None:
