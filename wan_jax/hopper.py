@@ -80,9 +80,9 @@ def attend_parts(q: Parts, k: Parts, v: Parts, count: int) -> Parts:
     """attend() of parts of multiples of 128 rows; the result as attention_in_parts() has it.
 
     The numbers are those of attend() for what is joined. Where that leaves hardly more of the GPU
-    idle, each part of the queries has a kernel of its own. Half of this device's are first, while
-    the others' travel, and half are last, while what was found for those does. Else queries are
-    joined.
+    idle, each part of the queries has a kernel of its own, this device's two where those take no
+    more rounds: one at first, while the others' travel, and one at last, while what was found for
+    those does. Else queries are joined.
     """
     # One program for all of as many tiles: to make one and to compile it takes a second.
     program = jax.jit(functools.partial(_kernel, count=count), static_argnames="tiles")
@@ -111,7 +111,10 @@ def _rounds(blocks: int) -> int:
 
 
 def _half(tiles: int, blocks: int) -> int:
-    """How many tiles of so many thread blocks are half of them; all, if that took a round more."""
+    """How many tiles, each of so many thread blocks, are at first: about half, by whole rounds.
+
+    All, if two kernels took a round more than one.
+    """
     whole = _rounds(tiles * blocks)
     for half in (tiles // 2, whole // 2 * _AT_ONCE // blocks):
         if half and _rounds(half * blocks) + _rounds((tiles - half) * blocks) == whole:
@@ -176,8 +179,8 @@ def _kernel(
 ) -> Array:
     """The queries' attention to keys in parts.
 
-    start, tiles: of 128 rows, the first, int32 [1], and how many it is found for, if not for all.
-    into: of all members' heads; the result is this with what is found put in, in its place.
+    start: int32 [1], the first tile of 128 rows that it is found for; tiles: how many; None is all.
+    into: [b, s, all members' heads, k], which is written into: what is not found it keeps.
     """
     (b, s, _, d), dtype, parts, n = q.shape, q.dtype, len(k), k[-1].shape[2]
     given = [q, *k, *v, *(x for x in (place, start) if x is not None)]
@@ -205,21 +208,19 @@ def _kernel(
             collective_axes=_GROUP,
         )
 
-    mesh = gpu.Mesh(
+    options = gpu.CompilerParams(approx_math=True)
+    threads: dict[str, Any] = {
         # Blocks at work at a time are of few heads, whose keys and values are then in the L2 cache.
-        grid=(n, s // ROWS if tiles is None else tiles, b),
-        grid_names=_GRID,
-        num_threads=_GROUPS + 1,
-        thread_name=_GROUP,
-    )
-    # gpu.kernel() would do, but JAX 0.10's takes no array to write into.
-    launch = functools.partial(
-        pl.kernel, block, mesh=mesh, compiler_params=gpu.CompilerParams(approx_math=True)
-    )
+        "grid": (n, s // ROWS if tiles is None else tiles, b),
+        "grid_names": _GRID,
+        "num_threads": _GROUPS + 1,
+        "thread_name": _GROUP,
+    }
     if into is None:
-        return launch(out_type=jax.ShapeDtypeStruct((b, s, n, d), dtype))(*given)
-    out = jax.new_ref(into)
-    launch()(*given, out)
+        out_type = jax.ShapeDtypeStruct((b, s, n, d), dtype)
+        return gpu.kernel(block, out_type=out_type, compiler_params=options, **threads)(*given)
+    out = jax.new_ref(into)  # gpu.kernel() of JAX 0.10 takes none; this has no rule for vmap
+    pl.kernel(block, mesh=gpu.Mesh(**threads), compiler_params=options)(*given, out)
     return jax.freeze(out)
 
 

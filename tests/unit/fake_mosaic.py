@@ -163,7 +163,7 @@ class Mosaic:
             axis_index=lambda name: self._own.place[name],
             fori_loop=_loop,
             broadcast_in_dim=lax.broadcast_in_dim,
-            empty=lax.empty,
+            empty=lambda shape, dtype: jnp.full(shape, jnp.nan, dtype),
             rem=lax.rem,
             div=lax.div,
             rsqrt=lax.rsqrt,
