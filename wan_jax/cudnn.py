@@ -4,6 +4,7 @@ Arrays are [b, s, n, k]. What lengths the kernel is fastest at is in attention.r
 """
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -91,7 +92,7 @@ def _share(q: Array, k: Array, weight: Array) -> Array:
 
 def _rows_forward(q: Array, k: Array, v: Array, count: int) -> tuple[Array, Any]:
     k, v = _spared(k, v, count)
-    out, weight = _undiluted(q, k, *_forward_kernel(q, k, v), count)
+    out, weight = _undiluted(q, k, *attend_with_weight(q, k, v), count)
     return out, (q, k, v, out, weight)
 
 
@@ -131,33 +132,22 @@ def _kernels() -> Any:
     return fused_attention_stablehlo
 
 
-def _forward_kernel(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    cudnn = _kernels()
-    given = (q, k, v, *_unused(q), *_settings(q), cudnn.check_cudnn_version(), True)
-    (out, weight), _ = cudnn._dot_product_attention_fwd_rule(*given)
-    return out, _by_rows(weight, q)
-
-
 def _backward_kernel(
     q: Array, k: Array, v: Array, out: Array, weight: Array, out_cotangent: Array
 ) -> tuple[Array, Array, Array]:
     cudnn = _kernels()
-    kept = (q, k, v, *_unused(q), weight.swapaxes(1, 2), out)
-    given = (*_settings(q), cudnn.check_cudnn_version(), False, kept, out_cotangent)
-    dq, dk, dv, *_ = cudnn._dot_product_attention_bwd_rule(*given)
+    rule = cudnn._dot_product_attention_bwd_rule
+    # JAX 0.12 has a function of the scores and its arguments, too, among what it is given.
+    of_scores = "score_mod" in inspect.signature(rule).parameters
+    # Bias, lengths, offsets and page tables, as the rule wants them where there are none.
+    unused: tuple[Any, ...] = (jnp.zeros(0, q.dtype),) * 7 + ((),) * of_scores
+    kept = (q, k, v, *unused, weight.swapaxes(1, 2), out)
+    # Seed and rate of dropout, whether there is a bias, mask and layout; window and that function.
+    settings = (42, 0.0, (False, False), cudnn.MaskType.NO_MASK, cudnn.AttentionLayout.BTNH.value)
+    rest = (None,) * (1 + of_scores)
+    given = (*settings, *rest, cudnn.check_cudnn_version(), False, kept, out_cotangent)
+    dq, dk, dv, *_ = rule(_scale(q), *given)
     return dq, dk, dv
-
-
-def _unused(q: Array) -> tuple[Array, ...]:
-    """Bias, lengths, offsets and page tables, as those rules want them where there are none."""
-    return (jnp.zeros(0, q.dtype),) * 7
-
-
-def _settings(q: Array) -> tuple[Any, ...]:
-    """Scale, seed and rate of dropout, whether there is a bias, mask, layout and window."""
-    cudnn = _kernels()
-    layout = cudnn.AttentionLayout.BTNH.value
-    return (_scale(q), 42, 0.0, (False, False), cudnn.MaskType.NO_MASK, layout, None)
 
 
 def _by_rows(weight: Array, q: Array) -> Array:

@@ -343,7 +343,7 @@ def _gradient_kernels(
         dv = jnp.einsum("bnst,bsnk->btnk", shares, back)
         return dq.astype(like), dk.astype(like), dv.astype(like)
 
-    monkeypatch.setattr(cudnn, "_forward_kernel", module._chunked)
+    monkeypatch.setattr(cudnn, "attend_with_weight", module._chunked)
     monkeypatch.setattr(cudnn, "_backward_kernel", backward)
     return given
 
