@@ -94,15 +94,19 @@ def attend_parts(q: Parts, k: Parts, v: Parts, count: int) -> Parts:
     half = _half(tiles, blocks)
     b, _, n, d = q.others[0].shape
     whole = lax.empty((b, q.rows, q.members * n, d), q.own.dtype)
-    found = [run(q.own, start=jnp.array([0], jnp.int32), tiles=half, into=whole)]
+
+    def of_own(first: int, end: int, into: Array) -> Array:
+        start = jnp.array([first], jnp.int32)
+        return run(q.own, start=start, tiles=end - first, into=into)
+
+    found = [of_own(0, half, whole)]
     for part in q.others:
         found[-1], part = lax.optimization_barrier((found[-1], part))  # one after the other
         found.append(run(part))
     own, *others = found
     if half < tiles:
         own, others[-1] = lax.optimization_barrier((own, others[-1]))
-        rest = jnp.array([half], jnp.int32)
-        own = run(q.own, start=rest, tiles=tiles - half, into=own)
+        own = of_own(half, tiles, own)
     return Parts(own, tuple(others), q.place)
 
 
@@ -147,15 +151,15 @@ class _Refs(NamedTuple):
     """What the kernel has in the GPU's memory: keys and values in parts, with a place if several.
 
     All may have more heads than those that are meant, but for parts of other members. start: the
-    first tile of the queries that is meant, if not of all.
+    first tile of the queries that is meant, if not of all; only where there is a place.
     """
 
     q: Any
     k: Sequence[Any]
     v: Sequence[Any]
     out: Any
-    place: Any
-    start: Any
+    place: Any = None
+    start: Any = None
 
     def first(self, x: Any) -> Any:
         """The first head that is meant of those that x has."""
@@ -194,9 +198,7 @@ def _kernel(
 
     def block(*refs: Any) -> None:
         q_ref, *rest, out = refs
-        given, numbers = rest[: 2 * parts], iter(rest[2 * parts :])
-        each = (None if x is None else next(numbers) for x in (place, start))
-        ours = _Refs(q_ref, given[:parts], given[parts:], out, *each)
+        ours = _Refs(q_ref, rest[:parts], rest[parts : 2 * parts], out, *rest[2 * parts :])
         pl.run_scoped(
             lambda *memory: _run(ours, _Memory(*memory), count),
             shared(_GROUPS, _OWN, d),

@@ -156,12 +156,13 @@ def test_mosaic_takes_the_program_of_parts(
     place = jax.ShapeDtypeStruct((2,), jnp.int32)
     q, v = (Parts(x, (other,) * (members - 1), place) for x in (own, all_heads))
     run = functools.partial(attention_in_parts, count=32760)
-    text = jax.jit(run).trace(q, q, v).lower(lowering_platforms=("cuda",)).as_text()
+    traced = jax.jit(run).trace(q, q, v)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == programs
     assert text.count("call @_kernel") == kernels
     passes = {"concatenate", "slice", "dynamic_update_slice"}
     assert bool(passes & set(re.findall(r"stablehlo\.(\w+)", text))) == (kernels == 1)
-    (whole,) = jax.jit(run).trace(q, q, v).jaxpr.eqns
+    (whole,) = traced.jaxpr.eqns
     assert needs_of_kernels(whole.params["call_jaxpr"]) == [set(range(i)) for i in range(kernels)]
 
 
