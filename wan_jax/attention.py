@@ -17,18 +17,17 @@ from jax import lax
 
 from wan_jax import cudnn, fp8, xla
 from wan_jax.layers import pad, precision_of
+from wan_jax.partials import LOWEST, Partial
 from wan_jax.parts import Parts
 
 Array = jax.Array
 Shaped = Array | jax.ShapeDtypeStruct
-Partial = tuple[Array, Array]  # a result, and its weight
-WHOLE = ("cudnn", "splash", "chunked")  # those that partial_attention() has, too
-IMPLEMENTATIONS = ("hopper", *WHOLE, "cudnn_fp8", "chunked_fp8")
+WEIGHED = ("hopper", "cudnn", "splash", "chunked")  # those that partial_attention() has, too
+IMPLEMENTATIONS = (*WEIGHED, "cudnn_fp8", "chunked_fp8")
 
 # Scores held at once by the chunked form: 2^24 float32 values are 64 MiB.
 _CHUNK_ELEMENTS = 2**24
 _CHUNK_KEYS = 1024
-_LOWEST = -1e30  # below every score, and finite: of -inf alone a softmax makes NaN
 
 
 class _Tiles(NamedTuple):
@@ -78,12 +77,10 @@ def attention(
         from wan_jax import hopper
 
         return hopper.attend(q_bsnk, k_bsnk, v_bsnk, k_bsnk.shape[1] if count is None else count)
-    if count is not None and count < k_bsnk.shape[1]:
-        if name == "cudnn":
-            return cudnn.attend_rows(q_bsnk, k_bsnk, v_bsnk, count)
-        k_bsnk, v_bsnk = k_bsnk[:, :count], v_bsnk[:, :count]
     if name == "cudnn":
-        return cudnn.attend(q_bsnk, k_bsnk, v_bsnk)
+        return cudnn.attend(q_bsnk, k_bsnk, v_bsnk, count)
+    if count is not None:
+        k_bsnk, v_bsnk = k_bsnk[:, :count], v_bsnk[:, :count]
     if name == "splash":
         return _splash(q_bsnk, k_bsnk, v_bsnk, weigh=False)[0]
     if name == "chunked":
@@ -107,10 +104,10 @@ def attention_in_parts(
     options: dict[str, Any] = {"implementation": implementation, "in_fp8": in_fp8}
     name = _checked(q.whole, k.whole, v.whole, **options)
     if name == "hopper":
-        from wan_jax import hopper
+        from wan_jax import hopper, hopper_parts
 
         if all(x.rows % hopper.ROWS == 0 for x in (q, k)):
-            return hopper.attend_parts(q, k, v, k.whole.shape[1] if count is None else count)
+            return hopper_parts.attend(q, k, v, k.whole.shape[1] if count is None else count)
     joined = (x.joined() for x in (q, k, v))
     return q.apart(attention(*joined, count=count, **options))
 
@@ -123,18 +120,25 @@ def partial_attention(
     count: Array | int | None = None,
     implementation: str | None = None,
 ) -> Partial:
-    """attention() over some of the keys, to be joined by merge(): the result, and its weight.
+    """attention() over some of the keys, and its weight, to be joined by partials.merge().
 
     count: so many keys are real and the rest are not attended to; None is all of them. It may be 0.
-    The weight, float32 [b, s, n], is the logarithm of the sum of the keys' exponentials.
     """
-    name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation, known=WHOLE)
-    run = {"cudnn": cudnn.attend_with_weight, "splash": _splash, "chunked": _chunked}[name]
-    out, weight = run(q_bsnk, k_bsnk, v_bsnk, count=count)
-    if count is None:
+    name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation, weighed=True)
+    out, weight = _weighing(name)(q_bsnk, k_bsnk, v_bsnk, count=count)
+    if count is None or name == "hopper":  # which gives no keys the least weight itself
         return out, weight
     some = jnp.asarray(count) > 0  # kernels give anything for no keys at all
-    return jnp.where(some, out, 0), jnp.where(some, weight, _LOWEST)
+    return jnp.where(some, out, 0), jnp.where(some, weight, LOWEST)
+
+
+def _weighing(name: str) -> Callable[..., Partial]:
+    """What gives the weight, too."""
+    if name == "hopper":
+        from wan_jax import hopper
+
+        return hopper.attend_with_weight
+    return {"cudnn": cudnn.attend_with_weight, "splash": _splash, "chunked": _chunked}[name]
 
 
 def counted_attention(q_bsnk: Array, k_bsnk: Array, v_bsnk: Array, log_count: Array) -> Array:
@@ -151,21 +155,13 @@ def counted_attention(q_bsnk: Array, k_bsnk: Array, v_bsnk: Array, log_count: Ar
     return product("bnst,btnk->bsnk", weights, v_bsnk).astype(q_bsnk.dtype)
 
 
-def merge(one: Partial, other: Partial) -> Partial:
-    """partial_attention() over the keys of both, which are disjoint; the result is float32."""
-    (total, best), (out, weight) = one, other
-    both = jnp.logaddexp(best, weight)
-    fade, share = (jnp.exp(x - both)[..., None] for x in (best, weight))
-    return total.astype(jnp.float32) * fade + out.astype(jnp.float32) * share, both
-
-
 def _checked(
     q_bsnk: Shaped,
     k_bsnk: Shaped,
     v_bsnk: Shaped,
     implementation: str | None,
     *,
-    known: tuple[str, ...] = IMPLEMENTATIONS,
+    weighed: bool = False,
     in_fp8: bool = False,
 ) -> str:
     """The implementation to run; ValueError if it cannot."""
@@ -175,7 +171,8 @@ def _checked(
         raise ValueError(f"q, k, v of shapes {shapes} do not fit; [b, s, n, k] is needed")
     if not q_bsnk.dtype == k_bsnk.dtype == v_bsnk.dtype:
         raise ValueError(f"q, k, v are {q_bsnk.dtype}, {k_bsnk.dtype}, {v_bsnk.dtype}; need one")
-    name = implementation or _pick(q_bsnk, k_bsnk, known, in_fp8=in_fp8)
+    known = WEIGHED if weighed else IMPLEMENTATIONS
+    name = implementation or _pick(q_bsnk, k_bsnk, weighed=weighed, in_fp8=in_fp8)
     if name not in known:
         raise ValueError(f"implementation is {name!r}; one of {known} is needed")
     if name == "hopper" and not _fits_hopper(q_bsnk, k_bsnk):
@@ -206,14 +203,15 @@ def row_tile(length: int, dtype: jnp.dtype) -> int:
     return _ROW_TILE if on_nvidia else 1
 
 
-def _pick(q: Shaped, k: Shaped, known: tuple[str, ...], *, in_fp8: bool) -> str:
+def _pick(q: Shaped, k: Shaped, *, weighed: bool, in_fp8: bool) -> str:
     platform = xla.traced_for().platform
     if in_fp8 and (platform != "gpu" or _fits_fp8(q)):
         return "cudnn_fp8" if platform == "gpu" else "chunked_fp8"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return "chunked"
     tpu_kernel = "splash" if q.dtype == jnp.bfloat16 else "chunked"
-    own = "hopper" in known and min(q.shape[1], k.shape[1]) >= _TILED and _fits_hopper(q, k)
+    # Of lengths from 2,048 on it is faster than cuDNN's with a weight.
+    own = (weighed or min(q.shape[1], k.shape[1]) >= _TILED) and _fits_hopper(q, k)
     gpu_kernel = "hopper" if own else _gpu_kernel(q)
     return {"gpu": gpu_kernel, "tpu": tpu_kernel}.get(platform, "chunked")
 
@@ -361,7 +359,7 @@ def _chunked(
             return (top, total * fade + jnp.sum(weights, -1, keepdims=True), out), None
 
         rows = (*q_bnsk.shape[:3], 1)
-        start = jnp.full(rows, _LOWEST), jnp.zeros(rows), jnp.zeros(q_bnsk.shape)
+        start = jnp.full(rows, LOWEST), jnp.zeros(rows), jnp.zeros(q_bnsk.shape)
         (best, total, out), _ = lax.scan(step, start, (starts, blocks_k, blocks_v))
         return (out / total).astype(q.dtype), (best + jnp.log(total))[..., 0]
 

@@ -20,9 +20,19 @@ Array = jax.Array
 _FAR = -60.0
 
 
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k^T / sqrt(k)) v in the dtype of q."""
+def attend(q: Array, k: Array, v: Array, count: int | None = None) -> Array:
+    """softmax(q k^T / sqrt(k)) v in the dtype of q, over the first `count` keys; None is all.
+
+    The rows to spare become copies of the last key, of value zero, for the kernel without a mask is
+    the faster one. So all they do is to lessen the result by their share of the softmax, which is
+    divided out; it is at most spare / (spare + 1), whatever the scores are. Odd numbers of rows
+    have no gradient in JAX; they are cut off.
+    """
     odd = q.shape[1] % 2 or k.shape[1] % 2
+    if count is not None and count < k.shape[1]:
+        if not odd:
+            return _rows(q, k, v, count)
+        return attend(q, k[:, :count], v[:, :count])
     return (_odd if odd else _kernel)(q, k, v)
 
 
@@ -51,18 +61,6 @@ def _padded(q: Array, k: Array, v: Array) -> Array:
 _odd.defvjp(
     lambda q, k, v: jax.vjp(_padded, q, k, v), lambda back, out_cotangent: back(out_cotangent)
 )
-
-
-def attend_rows(q: Array, k: Array, v: Array, count: int) -> Array:
-    """The kernel without a mask, which is the faster one, over more rows than there are keys.
-
-    The rows to spare become copies of the last key, of value zero. So all they do is to lessen the
-    result by their share of the softmax, which is divided out; it is at most spare / (spare + 1),
-    whatever the scores are. Odd numbers of rows have no gradient in JAX; they are cut off.
-    """
-    if q.shape[1] % 2 or k.shape[1] % 2:
-        return attend(q, k[:, :count], v[:, :count])
-    return _rows(q, k, v, count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

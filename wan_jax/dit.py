@@ -242,8 +242,8 @@ class DiT(nnx.Module):
         # What is given to the next block is also what the way back keeps: with remat one array.
         waiting = residuals is None and remat == "none"
         stream = Stream.of(h_bld, self.text_in.kernel.dtype, waiting=waiting)
-        # Not out of the host's memory, which copies have to bring; of a ring it was not measured.
-        together = share.ulysses > 1 and xla.on_nvidia() and host_memory.fetch_of(self) is None
+        # Not out of the host's memory, which copies have to bring.
+        together = share.devices > 1 and xla.on_nvidia() and host_memory.fetch_of(self) is None
         scan = scan_by_kernels if together else lax.scan
         return scan(_remat(body, remat), stream, (stack, cond, residuals))[0].whole()
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
 from wan_jax import cudnn, xla
-from wan_jax.parts import Parts
+from wan_jax.partials import LOWEST, Partial
 
 Array = jax.Array
 Softmax = tuple[Array, Array, Array]  # largest score and sum of each row so far, and the weights
@@ -32,13 +32,8 @@ _GROUPS = 2  # warpgroups that multiply
 _OWN = ROWS // _GROUPS  # queries of each
 _BLOCK = 128  # keys at a time
 _STAGES = 2  # blocks in shared memory
-_AT_ONCE = 132  # thread blocks on an H100 SXM or H200, one on each multiprocessor
-# So many times the rounds of one kernel are what several may take. To join queries and to part
-# results is reckoned to cost the 1.3B and the 14B at 480P as much, in passes and open journeys.
-_ROUNDED = 1.02
 # Registers of a thread: 64 scores, 64 sums of the result, 32 weights and what else there is.
 _MANY, _FEW = 240, 24
-_LOWEST = -1e30
 # A thread block's place, and a warpgroup's in it. Names of a mesh's axes would mean its devices.
 _GRID = ("hopper_head", "hopper_tile", "hopper_batch")
 _GROUP = "hopper_group"
@@ -56,6 +51,7 @@ class _Memory(NamedTuple):
     k_free: Any
     v_free: Any
     turn: Any  # one for each group, which may begin, and one that is asked by none
+    weight: Any = None  # [group, row]
 
 
 def fits(q: Array | jax.ShapeDtypeStruct, k: Array | jax.ShapeDtypeStruct) -> bool:
@@ -72,70 +68,23 @@ def attend(q: Array, k: Array, v: Array, count: int) -> Array:
     What stands in the rows behind those may be any finite numbers. The gradient is cuDNN's, forward
     pass and all, as it needs that kernel's weights.
     """
-    return _kernel(q, (k,), (v,), count)
+    return kernel(q, (k,), (v,), count)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend_parts(q: Parts, k: Parts, v: Parts, count: int) -> Parts:
-    """attend() of parts of multiples of 128 rows; the result as attention_in_parts() has it.
+def attend_with_weight(
+    q: Array, k: Array, v: Array, *, count: Array | int | None = None
+) -> Partial:
+    """As attention.partial_attention(), without a gradient.
 
-    The numbers are those of attend() for what is joined. Where that leaves hardly more of the GPU
-    idle, each part of the queries has a kernel of its own, this device's two where those take no
-    more rounds: one at first, while the others' travel, and one at last, while what was found for
-    those does. Else queries are joined.
+    Of no keys comes what is finite, with a weight by which it is nothing beside others.
     """
-    # One program for all of as many tiles: to make one and to compile it takes a second.
-    program = jax.jit(functools.partial(_kernel, count=count), static_argnames="tiles")
-    run = functools.partial(program, k=(k.own, *k.others), v=(v.own, *v.others), place=q.place)
-    tiles, blocks = q.rows // ROWS, q.own.shape[0] * q.heads
-    if q.members * _rounds(tiles * blocks) > _ROUNDED * _rounds(q.members * tiles * blocks):
-        found = run(jnp.concatenate((q.mine, *q.others), 1))
-        return q.like(jnp.split(found, q.members, 1))
-    half = _half(tiles, blocks)
-    b, _, n, d = q.others[0].shape
-    whole = lax.empty((b, q.rows, q.members * n, d), q.own.dtype)
-
-    def of_own(first: int, end: int, into: Array) -> Array:
-        start = jnp.array([first], jnp.int32)
-        return run(q.own, start=start, tiles=end - first, into=into)
-
-    found = [of_own(0, half, whole)]
-    for part in q.others:
-        found[-1], part = lax.optimization_barrier((found[-1], part))  # one after the other
-        found.append(run(part))
-    own, *others = found
-    if half < tiles:
-        own, others[-1] = lax.optimization_barrier((own, others[-1]))
-        own = of_own(half, tiles, own)
-    return Parts(own, tuple(others), q.place)
+    # Where the count is known and the weight is asked for, ptxas makes a fifth more of the loop.
+    count = jnp.asarray(k.shape[1] if count is None else count)
+    out, weight = kernel(q, (k,), (v,), count, weigh=True)
+    return out, weight.swapaxes(1, 2)
 
 
-def _rounds(blocks: int) -> int:
-    return -(-blocks // _AT_ONCE)
-
-
-def _half(tiles: int, blocks: int) -> int:
-    """How many tiles, each of so many thread blocks, are at first: about half, by whole rounds.
-
-    All, if two kernels took a round more than one.
-    """
-    whole = _rounds(tiles * blocks)
-    for half in (tiles // 2, whole // 2 * _AT_ONCE // blocks):
-        if half and _rounds(half * blocks) + _rounds((tiles - half) * blocks) == whole:
-            return half
-    return tiles
-
-
-def _attend_cudnn(q: Array, k: Array, v: Array, count: int) -> Array:
-    whole = count == k.shape[1]
-    return cudnn.attend(q, k, v) if whole else cudnn.attend_rows(q, k, v, count)
-
-
-def _attend_parts_cudnn(q: Parts, k: Parts, v: Parts, count: int) -> Parts:
-    return q.apart(_attend_cudnn(q.joined(), k.joined(), v.joined(), count))
-
-
-def _passes(run: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def passes(run: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Forward and back of what is differentiated as run(q, k, v, count=...) is."""
     return (
         lambda q, k, v, count: jax.vjp(functools.partial(run, count=count), q, k, v),
@@ -143,23 +92,25 @@ def _passes(run: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., 
     )
 
 
-attend.defvjp(*_passes(_attend_cudnn))
-attend_parts.defvjp(*_passes(_attend_parts_cudnn))
+attend.defvjp(*passes(cudnn.attend))
 
 
 class _Refs(NamedTuple):
     """What the kernel has in the GPU's memory: keys and values in parts, with a place if several.
 
     All may have more heads than those that are meant, but for parts of other members. start: the
-    first tile of the queries that is meant, if not of all; only where there is a place.
+    first tile of the queries that is meant, if not of all; only where there is a place. count: of
+    keys, if not known before.
     """
 
     q: Any
     k: Sequence[Any]
     v: Sequence[Any]
     out: Any
+    weight: Any = None
     place: Any = None
     start: Any = None
+    count: Any = None
 
     def first(self, x: Any) -> Any:
         """The first head that is meant of those that x has."""
@@ -170,43 +121,40 @@ class _Refs(NamedTuple):
         return index if self.start is None else self.start[0] + index
 
 
-def _kernel(
+def kernel(
     q: Array,
     k: Sequence[Array],
     v: Sequence[Array],
-    count: int,
+    count: Array | int,
     place: Array | None = None,
     *,
     start: Array | None = None,
     tiles: int | None = None,
     into: Array | None = None,
-) -> Array:
-    """The queries' attention to keys in parts.
+    weigh: bool = False,
+) -> tuple[Array, ...]:
+    """The queries' attention to keys in parts, of which so many are real.
 
     start: int32 [1], the first tile of 128 rows that it is found for; tiles: how many; None is all.
-    into: [b, s, all members' heads, k], which is written into: what is not found it keeps.
+    into: [b, s, all members' heads, k], which is written into: what is not found it keeps. weigh:
+    the weight comes, too, as [b, n, s].
     """
     (b, s, _, d), dtype, parts, n = q.shape, q.dtype, len(k), k[-1].shape[2]
-    given = [q, *k, *v, *(x for x in (place, start) if x is not None)]
-    layout = gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128)
-
-    def shared(*shape: int) -> Any:
-        return gpu.SMEM(shape, dtype, transforms=layout)
-
-    def barriers(number: int, arrivals: int = 1) -> Any:
-        return gpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+    known = count if isinstance(count, int) else None
+    numbers = {"place": place, "start": start}
+    numbers["count"] = None if known is not None else jnp.asarray(count, jnp.int32).reshape(1)
+    numbers = {name: x for name, x in numbers.items() if x is not None}
+    given = [q, *k, *v, *numbers.values()]
+    types = [jax.ShapeDtypeStruct((b, s, n, d), dtype)]
+    types += [jax.ShapeDtypeStruct((b, n, s), jnp.float32)] * weigh
 
     def block(*refs: Any) -> None:
-        q_ref, *rest, out = refs
-        ours = _Refs(q_ref, rest[:parts], rest[parts : 2 * parts], out, *rest[2 * parts :])
+        q_ref, *rest = refs[: len(given)]
+        told = dict(zip(numbers, rest[2 * parts :], strict=True))
+        ours = _Refs(q_ref, rest[:parts], rest[parts : 2 * parts], *refs[len(given) :], **told)
         pl.run_scoped(
-            lambda *memory: _run(ours, _Memory(*memory), count),
-            shared(_GROUPS, _OWN, d),
-            shared(_STAGES, _BLOCK, d),
-            shared(_STAGES, _BLOCK, d),
-            *(barriers(number) for number in (_GROUPS, _STAGES, _STAGES)),
-            *(barriers(_STAGES, _GROUPS) for _ in range(2)),
-            barriers(_GROUPS + 1),
+            lambda *memory: _run(ours, _Memory(*memory), known),
+            *_memory(d, dtype, weigh=weigh),
             collective_axes=_GROUP,
         )
 
@@ -219,17 +167,39 @@ def _kernel(
         "thread_name": _GROUP,
     }
     if into is None:
-        out_type = jax.ShapeDtypeStruct((b, s, n, d), dtype)
-        return gpu.kernel(block, out_type=out_type, compiler_params=options, **threads)(*given)
+        made = gpu.kernel(block, out_type=tuple(types), compiler_params=options, **threads)
+        return tuple(made(*given))
     out = jax.new_ref(into)  # gpu.kernel() of JAX 0.10 takes none; this has no rule for vmap
     pl.kernel(block, mesh=gpu.Mesh(**threads), compiler_params=options)(*given, out)
-    return jax.freeze(out)
+    return (jax.freeze(out),)
 
 
-def _run(refs: _Refs, memory: _Memory, count: int) -> None:
-    """What every warpgroup does."""
+def _memory(d: int, dtype: jnp.dtype, *, weigh: bool) -> list[Any]:
+    """The fields of _Memory, as they are asked for."""
+    layout = gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128)
+
+    def shared(*shape: int) -> Any:
+        return gpu.SMEM(shape, dtype, transforms=layout)
+
+    def barriers(number: int, arrivals: int = 1) -> Any:
+        return gpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+
+    return [
+        shared(_GROUPS, _OWN, d),
+        shared(_STAGES, _BLOCK, d),
+        shared(_STAGES, _BLOCK, d),
+        *(barriers(number) for number in (_GROUPS, _STAGES, _STAGES)),
+        *(barriers(_STAGES, _GROUPS) for _ in range(2)),
+        barriers(_GROUPS + 1),
+        *[gpu.SMEM((_GROUPS, _OWN), jnp.float32)] * weigh,
+    ]
+
+
+def _run(refs: _Refs, memory: _Memory, known: int | None) -> None:
+    """What every warpgroup does; known: how many keys are real, if that is known before."""
     head, tile, batch, group = (lax.axis_index(name) for name in (*_GRID, _GROUP))
-    steps = -(-count // _BLOCK)
+    count = refs.count[0] if known is None else known
+    steps = _steps(count, sum(part.shape[1] for part in refs.k) // _BLOCK)
 
     @pl.when(group < _GROUPS)
     def _multiply() -> None:
@@ -247,34 +217,53 @@ def _run(refs: _Refs, memory: _Memory, count: int) -> None:
         pl.run_scoped(result, gpu.ACC((_OWN, HEAD), jnp.float32))
         gpu.commit_smem()
         gpu.copy_smem_to_gmem(own, rows(refs.out))
+        if refs.weight is not None:
+            weight = refs.weight.at[batch, head, pl.ds(first_row, _OWN)]
+            gpu.copy_smem_to_gmem(memory.weight.at[group], weight)
         gpu.wait_smem_to_gmem(0)
 
     @pl.when(group == _GROUPS)
-    def _bring() -> None:
+    def _bring_all() -> None:
         gpu.set_max_registers(_FEW, action="decrease")
-
-        def copy(target: Any, there: Any, part: Any, step: Any) -> None:
-            source = part.at[batch, pl.ds(step * _BLOCK, _BLOCK), refs.first(part) + head]
-            gpu.copy_gmem_to_smem(source, target, there)
-
-        def bring(step: Any, stage: Any, *, wait: bool) -> None:
-            for parts, there, whole, free in (
-                (refs.k, memory.k_there, memory.k, memory.k_free),
-                (refs.v, memory.v_there, memory.v, memory.v_free),
-            ):
-                if wait:
-                    gpu.barrier_wait(free.at[stage])
-                to_stage = functools.partial(copy, whole.at[stage], there.at[stage])
-                _in_part(to_stage, parts, step, refs.place)
-
         gpu.barrier_arrive(memory.turn.at[0])
-        first_steps = min(_STAGES, steps)
+        bring = functools.partial(_bring, refs, memory, batch, head)
+        first_steps = min(_STAGES, steps) if isinstance(steps, int) else _STAGES
         for step in range(first_steps):
             bring(step, step, wait=False)
 
         @pl.loop(first_steps, steps)
         def _(step: Array) -> None:
             bring(step, _stage(step), wait=True)
+
+
+def _steps(count: Any, blocks: int) -> Any:
+    """Of how many blocks keys are taken, of as many as there are.
+
+    Two at least if their count is known by the kernel alone, though one has none then: the program
+    has a first, a last, and what is between.
+    """
+    if isinstance(count, int):
+        return -(-count // _BLOCK)
+    return 1 if blocks == 1 else jnp.maximum(_over(lax.div, count + (_BLOCK - 1), _BLOCK), 2)
+
+
+def _bring(
+    refs: _Refs, memory: _Memory, batch: Any, head: Any, step: Any, stage: Any, *, wait: bool
+) -> None:
+    """A block of keys and of values to shared memory; wait: until what is there is done with."""
+
+    def copy(target: Any, there: Any, part: Any, step: Any) -> None:
+        source = part.at[batch, pl.ds(step * _BLOCK, _BLOCK), refs.first(part) + head]
+        gpu.copy_gmem_to_smem(source, target, there)
+
+    for parts, there, whole, free in (
+        (refs.k, memory.k_there, memory.k, memory.k_free),
+        (refs.v, memory.v_there, memory.v, memory.v_free),
+    ):
+        if wait:
+            gpu.barrier_wait(free.at[stage])
+        to_stage = functools.partial(copy, whole.at[stage], there.at[stage])
+        _in_part(to_stage, parts, step, refs.place)
 
 
 def _in_part(act: Callable[[Any, Any], None], parts: Sequence[Any], tile: Any, place: Any) -> None:
@@ -288,7 +277,7 @@ def _in_part(act: Callable[[Any, Any], None], parts: Sequence[Any], tile: Any, p
         pl.when(before == i)(functools.partial(act, part, _over(lax.rem, tile, tiles)))
 
 
-def _attend_all(own: Any, memory: _Memory, group: Any, out: Any, *, steps: int, count: int) -> None:
+def _attend_all(own: Any, memory: _Memory, group: Any, out: Any, *, steps: Any, count: Any) -> None:
     """A warpgroup's queries, in `own`, over all keys; the result takes their place.
 
     out: the accumulator [row, k] of the products with the values.
@@ -311,7 +300,7 @@ def _attend_all(own: Any, memory: _Memory, group: Any, out: Any, *, steps: int, 
         gpu.barrier_arrive(memory.k_free.at[_stage(step)])
         return found
 
-    def follow(step: Any, before: Softmax, *, real: int = _BLOCK) -> Softmax:
+    def follow(step: Any, before: Softmax, *, real: Any = _BLOCK) -> Softmax:
         *rows, weights = before
         found = scores(step, weights)
         best, total, fade, weights = _softmax(found, *rows, real=real, dtype=narrow)
@@ -320,37 +309,38 @@ def _attend_all(own: Any, memory: _Memory, group: Any, out: Any, *, steps: int, 
         out[...] = done * _over_rows(fade, done)
         return best, total, weights
 
-    last = count - (steps - 1) * _BLOCK  # keys of the last block
+    first, last = count, count - (steps - 1) * _BLOCK  # so many keys, if not more than a block has
     none = (
-        gpu.layout_cast(jnp.full((_OWN,), x), gpu.Layout.WGMMA.reduce(1)) for x in (_LOWEST, 0.0)
+        gpu.layout_cast(jnp.full((_OWN,), x), gpu.Layout.WGMMA.reduce(1)) for x in (LOWEST, 0.0)
     )
-    real = last if steps == 1 else _BLOCK
     # One begins when the other has its first weights, and then they stay so: side by side they wait
     # for the tensor cores together, and which it is chance would decide (3 % of the time).
     gpu.barrier_wait(memory.turn.at[group])
-    best, total, _, weights = _softmax(scores(0, None), *none, real=real, dtype=narrow)
+    best, total, _, weights = _softmax(scores(0, None), *none, real=first, dtype=narrow)
     gpu.barrier_arrive(memory.turn.at[group + 1])
     state = best, total, weights
-    if steps > 1:
+    if not isinstance(steps, int) or steps > 1:
         state = lax.fori_loop(1, steps - 1, follow, state)
-        state = follow(jnp.int32(steps - 1), state, real=last)
-    _, total, weights = state
+        state = follow(jnp.asarray(steps - 1, jnp.int32), state, real=last)
+    best, total, weights = state
     gpu.barrier_wait(memory.v_there.at[_stage(steps - 1)])
     gpu.wgmma(out, weights, memory.v.at[_stage(steps - 1)])
     done = gpu.wgmma_accumulator_load(out, wait_n=0)
     own[...] = (done * _over_rows(1.0 / total, done)).astype(narrow)
+    if memory.weight is not None:
+        memory.weight.at[group][...] = (best + jnp.log2(total)) * math.log(2)
 
 
 def _softmax(
-    scores: Array, best: Array, total: Array, *, real: int, dtype: jnp.dtype
+    scores: Array, best: Array, total: Array, *, real: Any, dtype: jnp.dtype
 ) -> tuple[Array, Array, Array, Array]:
     """(largest score of each row so far, sum, what is left of the sums before, weights).
 
     Of scores [row, key] before they are scaled, of which so many columns are real. Powers are of 2.
     """
-    if real < _BLOCK:
+    if not isinstance(real, int) or real < _BLOCK:
         columns = gpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=gpu.Layout.WGMMA)
-        scores = jnp.where(columns < real, scores, _LOWEST)
+        scores = jnp.where(columns < real, scores, LOWEST)
     scale = math.log2(math.e) / math.sqrt(HEAD)
     top = jnp.maximum(best, jnp.max(scores, axis=1) * scale)
     fade = jnp.exp2(best - top)

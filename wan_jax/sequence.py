@@ -15,14 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from wan_jax import ulysses, xla
-from wan_jax.attention import (
-    Partial,
-    attention,
-    attention_in_parts,
-    merge,
-    partial_attention,
-    row_tile,
-)
+from wan_jax.attention import attention, attention_in_parts, partial_attention, row_tile
+from wan_jax.partials import Partial, merge
 from wan_jax.parts import Parts
 from wan_jax.sharding import RING, ULYSSES
 
@@ -124,7 +118,7 @@ class Share(NamedTuple):
         """Attention to the keys of every ring member, which each passes on to the next."""
         steps = [(r, (r + 1) % self.ring) for r in range(self.ring)]
         rows, padded = k.shape[1], self.rows * self.devices > self.tokens
-        own, pair = lax.axis_index(RING), jnp.stack((k, v))
+        own, pair = lax.axis_index(RING), (k, v)
         found: Partial | None = None
         for i in range(self.ring):
             # The next are under way while these are worked on, and no sooner: without the barrier
@@ -143,6 +137,6 @@ class Share(NamedTuple):
 
 def share_of(tokens: int, dtype: jnp.dtype, *, ring: int = 1, ulysses: int = 1) -> Share:
     """The share that suits the kernels; dtype: that of the products."""
-    # In a ring keys are counted anyway, by a kernel with a mask.
-    tile = row_tile(tokens, dtype) if ring == 1 else 1
+    # In a ring keys are counted, and cuDNN's kernel that counts has a mask, which costs more.
+    tile = row_tile(tokens, dtype) if ring == 1 or xla.on_hopper() else 1
     return Share(tokens, ring, ulysses, tile)

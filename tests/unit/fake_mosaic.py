@@ -130,7 +130,7 @@ class Mosaic:
         self.products: list[tuple[int, int]] = []
         self.gpu = types.SimpleNamespace(
             ACC=lambda shape, dtype: ("ACC", shape, dtype),
-            SMEM=lambda shape, dtype, transforms: ("SMEM", shape, dtype),
+            SMEM=lambda shape, dtype, transforms=(): ("SMEM", shape, dtype),
             Barrier=lambda **counts: ("barrier", counts),
             TilingTransform=tuple,
             SwizzleTransform=int,

@@ -12,7 +12,8 @@ from tests import tolerances
 from tests.random_weights import relative_l2
 from wan_jax import attention as module
 from wan_jax import cudnn, xla
-from wan_jax.attention import attention, merge, partial_attention
+from wan_jax.attention import attention, partial_attention
+from wan_jax.partials import merge
 
 
 def draw(
@@ -368,7 +369,7 @@ def test_rows_to_spare_have_no_part_in_a_gradient(
     # Keys that have a large part in common are taken from each other.
     bound = (100 if kind == "away from all" else 10) * BOUNDS[jnp.float32]
     wanted_out, wanted = jax.vjp(cut, q, k, v)
-    out, found = jax.vjp(lambda *qkv: cudnn.attend_rows(*qkv, real), q, k, v)
+    out, found = jax.vjp(lambda *qkv: cudnn.attend(*qkv, real), q, k, v)
     assert relative_l2(out, wanted_out) <= bound
     for one, other in zip(found(cotangent), wanted(cotangent)):
         assert relative_l2(one, other) <= bound
@@ -394,7 +395,7 @@ def test_a_gradient_in_16_bits_is_as_near_as_without_rows_to_spare(
     _, wanted = jax.vjp(lambda *qkv: cut(*qkv)[0], *wide)
     out, weight = cut(q, k, v)
     plain = cudnn._backward_kernel(q, k[:, :real], v[:, :real], out, weight, cotangent)
-    _, found = jax.vjp(lambda *qkv: cudnn.attend_rows(*qkv, real), q, k, v)
+    _, found = jax.vjp(lambda *qkv: cudnn.attend(*qkv, real), q, k, v)
     truths = wanted(cotangent.astype(jnp.float32))
     for one, other, truth in zip(found(cotangent), plain, truths, strict=True):
         own, error = (relative_l2(x[:, :real], truth[:, :real]) for x in (other, one))
@@ -421,9 +422,9 @@ def test_the_kernels_are_called_as_jax_wants_them(monkeypatch: pytest.MonkeyPatc
 
 def test_odd_rows_to_spare_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     _on_a_card(monkeypatch)
-    monkeypatch.setattr(cudnn, "attend", lambda *qkv: module._chunked(*qkv)[0])
+    monkeypatch.setattr(cudnn, "_odd", lambda *qkv: module._chunked(*qkv)[0])
     q, k, v = draw(41, 41)
-    out, back = jax.vjp(lambda *qkv: cudnn.attend_rows(*qkv, 33), q, k, v)
+    out, back = jax.vjp(lambda *qkv: cudnn.attend(*qkv, 33), q, k, v)
     assert relative_l2(out, exact(q, k[:, :33], v[:, :33])) <= BOUNDS[jnp.float32]
     assert all(not np.any(gradient[:, 33:]) for gradient in back(out)[1:])
 

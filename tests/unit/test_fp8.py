@@ -236,7 +236,7 @@ def test_a_gpu_is_told_of_one_kernel_of_8_bits(monkeypatch: pytest.MonkeyPatch) 
 def test_heads_that_the_kernel_does_not_take(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xla, "traced_for", lambda: xla.Traced("gpu", "NVIDIA H100"))
     q = jnp.zeros((1, 4, 1, width), jnp.bfloat16)
-    assert attention_module._pick(q, q, attention_module.IMPLEMENTATIONS, in_fp8=True) == "cudnn"
+    assert attention_module._pick(q, q, weighed=False, in_fp8=True) == "cudnn"
     with pytest.raises(ValueError, match=f"'cudnn_fp8' has heads of width {width}; a multiple"):
         attention(q, q, q, implementation="cudnn_fp8")
 

@@ -15,8 +15,9 @@ from tests import tolerances
 from tests.random_weights import relative_l2
 from tests.unit.fake_mosaic import Mosaic, in_place_of_mosaic
 from wan_jax import attention as module
-from wan_jax import cudnn, hopper, xla
+from wan_jax import cudnn, hopper, hopper_parts, xla
 from wan_jax.attention import attention, attention_in_parts, partial_attention, row_tile
+from wan_jax.partials import merge
 from wan_jax.parts import Parts
 from wan_jax.plans import Plan
 
@@ -36,7 +37,9 @@ def draw(
 @pytest.fixture
 def mosaic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mosaic]:
     with jax.disable_jit():  # its threads see values
-        yield in_place_of_mosaic(hopper, monkeypatch)
+        fake = in_place_of_mosaic(hopper, monkeypatch)
+        monkeypatch.setattr(hopper_parts, "lax", fake.lax)
+        yield fake
 
 
 def exact(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> np.ndarray:
@@ -82,6 +85,43 @@ def test_scores_far_from_zero(shift: float) -> None:
     assert relative_l2(found, exact(q, k, v, 300)) <= tolerances.ATTENTION_BFLOAT16
 
 
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [(384, count) for count in (None, 0, 1, 127, 128, 129, 256, 300, 384)]
+    + [(128, count) for count in (None, 0, 100, 128)],
+)
+def test_shares_of_the_keys_join_to_the_whole(
+    keys: int, count: int | None, mosaic: Mosaic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many of the second share are real only the kernel is told."""
+    monkeypatch.setattr(xla, "traced_for", lambda: H200)
+    part = functools.partial(partial_attention, implementation="hopper")
+    q, k, v = draw(256, 256 + keys, b=2, n=2)
+    real = keys if count is None else count
+    k = k.at[:, 20].set(2 * q[:, 0]).at[:, 256 + real :].set(30.0)
+    v = v.at[:, 256 + real :].set(1e4)
+    told = None if count is None else jnp.asarray(count)
+    shares = [part(q, k[:, :256], v[:, :256]), part(q, k[:, 256:], v[:, 256:], count=told)]
+    for out, weight in shares:
+        assert out.dtype == q.dtype and weight.dtype == jnp.float32 and weight.shape == (2, 256, 2)
+    out, weight = merge(*shares)
+    assert relative_l2(out, exact(q, k, v, 256 + real)) <= tolerances.ATTENTION_BFLOAT16
+    wide = (x.astype(jnp.float32) for x in (q, k[:, : 256 + real], v[:, : 256 + real]))
+    _, wanted = partial_attention(*wide, implementation="chunked")
+    np.testing.assert_allclose(weight, wanted, atol=1e-3)
+    assert mosaic.started == 2 * 2 * 2 * 2
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_mosaic_takes_the_program_of_a_share(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla, "traced_for", lambda: H200)
+    x = jax.ShapeDtypeStruct((1, 16384, 12, 128), jnp.bfloat16)
+    count = () if known else (jax.ShapeDtypeStruct((), jnp.int32),)
+    run = jax.jit(lambda *x: partial_attention(*x[:3], count=x[3] if x[3:] else None))
+    text = run.trace(x, x, x, *count).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1 and "fmhaSoftmax" not in text
+
+
 def in_parts(
     x: jax.Array, members: int, member: int, heads: slice, *, among_all: bool = True
 ) -> Parts:
@@ -114,7 +154,7 @@ def test_parts_as_they_lie_give_what_they_give_together(
     monkeypatch.setattr(xla, "traced_for", lambda: H200)
     # Of four at once a part's tiles, of 4 blocks, leave none idle; of 132 they leave nearly all. Of
     # the own tiles, two or three, one is at first then.
-    monkeypatch.setattr(hopper, "_AT_ONCE", at_once)
+    monkeypatch.setattr(hopper_parts, "_AT_ONCE", at_once)
     q, k, v = draw(members * rows, b=2, n=2 * members)
     k, v = k.at[:, count:].set(30.0), v.at[:, count:].set(1e4)
     heads = slice(2, 4)
@@ -159,7 +199,7 @@ def test_mosaic_takes_the_program_of_parts(
     traced = jax.jit(run).trace(q, q, v)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == programs
-    assert text.count("call @_kernel") == kernels
+    assert text.count("call @kernel") == kernels
     passes = {"concatenate", "slice", "dynamic_update_slice"}
     assert bool(passes & set(re.findall(r"stablehlo\.(\w+)", text))) == (kernels == 1)
     (whole,) = traced.jaxpr.eqns
@@ -173,7 +213,7 @@ def needs_of_kernels(jaxpr: Any) -> list[set[int]]:
     for equation in jaxpr.eqns:
         given = [x for x in equation.invars if not isinstance(x, jax.extend.core.Literal)]
         known = set().union(*(behind.get(x, set()) for x in given))
-        if equation.params.get("name") == "_kernel":
+        if equation.params.get("name") == "kernel":
             needs.append(known)
             known = known | {len(needs) - 1}
         behind.update(dict.fromkeys(equation.outvars, known))
@@ -187,7 +227,7 @@ def needs_of_kernels(jaxpr: Any) -> list[set[int]]:
 )
 def test_halves_take_no_more_rounds_than_all(tiles: int, blocks: int, wanted: int) -> None:
     """Of 132 thread blocks: halves where they do, else so many rounds of both, else one kernel."""
-    half = hopper._half(tiles, blocks)
+    half = hopper_parts._half(tiles, blocks)
     rounds = [-(-n * blocks // 132) for n in (half, tiles - half, tiles)]
     assert half == wanted and rounds[0] + rounds[1] == rounds[2]
 
@@ -221,11 +261,16 @@ def test_its_axes_are_no_axes_of_the_mesh() -> None:
 
 
 def picked(
-    monkeypatch: pytest.MonkeyPatch, kind: str, shape: tuple[int, ...], dtype: jnp.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    *,
+    weighed: bool = False,
 ) -> str:
     monkeypatch.setattr(xla, "traced_for", lambda: xla.Traced("gpu", kind))
     x = jax.ShapeDtypeStruct(shape, dtype)
-    return module._pick(x, x, module.IMPLEMENTATIONS, in_fp8=False)
+    return module._pick(x, x, weighed=weighed, in_fp8=False)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +297,18 @@ def test_when_it_is_taken(
     assert picked(monkeypatch, kind, shape, dtype) == wanted
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "wanted"),
+    [("NVIDIA H200", 4096, "hopper"), ("NVIDIA H200", 4095, "cudnn")]
+    + [("NVIDIA A100-SXM4-80GB", 4096, "cudnn")],
+)
+def test_with_a_weight_it_is_taken_at_any_length(
+    kind: str, rows: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (1, rows, 12, 128)
+    assert picked(monkeypatch, kind, shape, jnp.bfloat16, weighed=True) == wanted
+
+
 @pytest.mark.parametrize("tokens", [32_760, 75_600])
 def test_videos_get_rows_that_fit_it(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xla, "traced_for", lambda: H200)
@@ -266,8 +323,8 @@ def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     for operands in (draw(130), [x.astype(jnp.float32) for x in (q, k, v)]):
         with pytest.raises(ValueError, match="multiples of 128 rows and heads of 128 on an H100"):
             attention(*operands, implementation="hopper")
-    with pytest.raises(ValueError, match="'hopper'; one of"):
-        partial_attention(q, k, v, implementation="hopper")
+    with pytest.raises(ValueError, match="'cudnn_fp8'; one of"):
+        partial_attention(q, k, v, implementation="cudnn_fp8")
 
 
 @pytest.mark.parametrize("count", [128, 100])
@@ -286,14 +343,14 @@ def test_its_gradient_is_cudnns(
 
         monkeypatch.setattr(cudnn, name, run)
 
-    stand_in("attend")
-    stand_in("attend_rows")
+    stand_in("_kernel")
+    stand_in("_rows")
     wanted, back = jax.vjp(
         lambda *x: attention(x[0], x[1][:, :count], x[2][:, :count], implementation="chunked"),
         q, k, v,
     )  # fmt: skip
     found, own = jax.vjp(lambda *x: hopper.attend(*x, count), q, k, v)
-    assert taken == ["attend" if count == 128 else "attend_rows"] and mosaic.started == 0
+    assert taken == ["_kernel" if count == 128 else "_rows"] and mosaic.started == 0
     np.testing.assert_array_equal(found, wanted)
     for one, other in zip(own(wanted), back(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -304,7 +361,7 @@ def test_the_gradient_of_parts_is_that_of_what_is_joined(
     member: int, mosaic: Mosaic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = functools.partial(attention, implementation="chunked")
-    monkeypatch.setattr(cudnn, "attend_rows", lambda q, k, v, n: plain(q, k[:, :n], v[:, :n]))
+    monkeypatch.setattr(cudnn, "attend", lambda q, k, v, n: plain(q, k[:, :n], v[:, :n]))
     parts = [in_parts(x, 2, member, slice(1, 2)) for x in draw(256, n=2)]
 
     def joined(q: Parts, k: Parts, v: Parts) -> Parts:
@@ -312,7 +369,7 @@ def test_the_gradient_of_parts_is_that_of_what_is_joined(
         return q.apart(out)
 
     wanted, back = jax.vjp(joined, *parts)
-    found, own = jax.vjp(lambda *x: hopper.attend_parts(*x, 250), *parts)
+    found, own = jax.vjp(lambda *x: hopper_parts.attend(*x, 250), *parts)
     assert mosaic.started == 0
     # Among all heads only those that are meant have a value.
     np.testing.assert_array_equal(found.mine, wanted.mine)

@@ -168,19 +168,18 @@ def dit_working_bytes(
 def _on_nvidia(config: DiTConfig, rows: int, plan: Plan, *, itemsize: int, quantized: bool) -> int:
     """The same on an NVIDIA GPU, where products round as they end (layers.linear).
 
-    So the hidden values are not there in float32, but, quantized, in 8 bits. A ring sums in float32
-    and has keys and values under way; devices that share tokens copy a layer's matrices, in a ring
-    all at once. Programs of 14B at 75,600 tokens need 5.90 GiB, by this 6.27, of two devices with
-    Ulysses 3.50 (3.51), of four 1.91 (1.93), in a ring 2.49 (2.85); of 1.3B at 32,760 tokens 1.12
-    (1.11), in 8 bits 1.23 (1.25).
+    So the hidden values are not there in float32, but, quantized, in 8 bits. A ring has keys and
+    values under way, and of more than two sums in float32; devices that share tokens copy a layer's
+    matrices. Programs of 14B at 75,600 tokens need 5.90 GiB, by this 6.27, of two devices with
+    Ulysses 3.50 (3.51), of four 1.91 (1.93), in a ring of two 3.67 (3.86), of four 2.52 (2.56); of
+    1.3B at 32,760 tokens 1.12 (1.11), in 8 bits 1.23 (1.25).
     """
     d, f = config.dim, config.ffn_dim
     each = 8 * d + itemsize * (2 * d + f)
     each += f // 2 if quantized else 0
-    each += 8 * d if plan.ring > 1 else 0
-    squares = 2 if plan.ulysses > 1 else 6
+    each += {1: 0, 2: 2}.get(plan.ring, 7) * d
     shared = plan.ring * plan.ulysses > 1
-    return rows * each + (itemsize * (squares * d * d + 2 * d * f) if shared else 0)
+    return rows * each + (itemsize * (2 * d * d + 2 * d * f) if shared else 0)
 
 
 def own_branches(plan: Plan, branches: int) -> int:
