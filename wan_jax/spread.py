@@ -112,7 +112,9 @@ def velocity(
 
     specs = (weights.specs, WHOLE, branches, WHOLE, [_ROWS] * len(given))
     mapped = _map(run, layout, specs, _ROWS)
-    return mapped(weights.leaves, jnp.asarray(t, jnp.float32), conds, guidance, given)
+    found = mapped(weights.leaves, jnp.asarray(t, jnp.float32), conds, guidance, given)
+    # So that what a step gives lies as what it was given, or the next were another program.
+    return lax.with_sharding_constraint(found, NamedSharding(layout.mesh, WHOLE))
 
 
 def _map(run: Callable[..., Any], layout: Layout, specs: Any, out: Any) -> Callable[..., Any]:

@@ -170,6 +170,17 @@ def traced_anew() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.parametrize("plan", [Plan(guidance=2), Plan(batch=2), Plan(batch=2, ring=2)], ids=str)
+def test_a_step_is_compiled_once(dit: DiT, plan: Plan) -> None:
+    """Latents lie behind it as before it: whole, of every video, on all devices."""
+    layout = layout_of(plan)
+    found = sample(dit, "48 tokens", layout=layout)
+    assert sampler.checked_step.of(dit)._cache_size() == 1
+    assert found.sharding.is_fully_replicated
+    assert found.sharding.device_set == {*layout.mesh.devices.flat}
+
+
 @pytest.mark.usefixtures("peers", "traced_anew")
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if plan.ulysses > 1], ids=str)
 def test_devices_that_write_to_each_other_give_the_same_latents(
