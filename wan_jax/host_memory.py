@@ -33,18 +33,20 @@ def fetch_of(network: Any) -> Callable[[Any], Any] | None:
     if not any(map(_is_on_host, jax.tree.leaves(getattr(network, STACK, None)))):
         return None
 
-    def fetch(layer: Any) -> Any:
-        return jax.tree.map(_to_device, layer)
-
-    return fetch
+    return to_device
 
 
 def _is_on_host(leaf: Any) -> bool:
     return bool(jax.typeof(leaf).memory_space == jax.memory.Space.Host)
 
 
-def _to_device(leaf: Any) -> Any:
-    return jax.device_put(leaf, jax.memory.Space.Device) if _is_on_host(leaf) else leaf
+def to_device(layer: Any) -> Any:
+    """Inside jit: a layer whose arrays are on the device, whichever memory they lie in."""
+
+    def brought(leaf: Any) -> Any:
+        return jax.device_put(leaf, jax.memory.Space.Device) if _is_on_host(leaf) else leaf
+
+    return jax.tree.map(brought, layer)
 
 
 def lies_in(tree: Any) -> bool:

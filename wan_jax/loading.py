@@ -12,20 +12,17 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from wan_jax import apart, hosts, shipped
 from wan_jax.config import NANO_FLF2V, NANO_I2V, NANO_T2V, WanConfig
+from wan_jax.loaders import loaders, place_of
 from wan_jax.pipeline import Wan
 from wan_jax.planning.budget import budget, start
 from wan_jax.planning.memory import STREAMABLE
 from wan_jax.plans import Plan
 from wan_jax.progress import Callback, Progress
-from wan_jax.sharding import Layout
 from wan_jax.tokenizer import load_tokenizer
-from wan_jax.weights import adapters, checkpoint, dit, folders, miniature, remote, trees
-from wan_jax.weights.quantization import check_device, check_kind, with_quantized
+from wan_jax.weights import adapters, checkpoint, dit, folders, miniature, remote
+from wan_jax.weights.quantization import check_device, check_kind
 from wan_jax.weights.sources import Folder, open_folder
 
 DTYPES = ("bfloat16", "float32")
@@ -92,18 +89,18 @@ def load(
     "fp8_linear" the products alone. callback: told the progress; notify: told in a sentence what
     takes long. Raises ValueError naming what is wrong.
     """
-    kinds: dict[str, Any] = {"dtype": dtype, "vae_dtype": vae_dtype, "quantize": quantize}
     limit = start(max_memory)
-    _check(notify, **kinds)
+    kinds = _checked(notify, dtype=dtype, vae_dtype=vae_dtype, quantize=quantize)
     wanted = adapters.chosen(lora)
     folder = prepare(
         path, lora=wanted, dtype=dtype, cache_dir=cache_dir, callback=callback, notify=notify
     )
     config, loras = checkpoint.read_config(folder), adapters.hashed(wanted)
     layout, split = (None, ()) if plan is None else (plan.layout(), plan.split)
-    place = functools.partial(_place, layout, split, text_on_cpu=text_on_cpu)
-    make = functools.partial(_loaders, folder, config, loras, place=place, **kinds)
+    place = functools.partial(place_of, layout, split, text_on_cpu=text_on_cpu)
     within = budget(limit, config, plan, offload=offload, text_on_cpu=text_on_cpu, **kinds)
+    held = {"place": place, "by_layers": within is not None, **kinds}
+    make = functools.partial(loaders, folder, config, loras, **held)
     wan = Wan(
         config,
         load_tokenizer(folder / checkpoint.TOKENIZER),
@@ -123,12 +120,16 @@ def load(
     return wan
 
 
-def _check(notify: Notify | None, *, dtype: str, vae_dtype: str, quantize: str | None) -> None:
+def _checked(
+    notify: Notify | None, *, dtype: str, vae_dtype: str, quantize: str | None
+) -> dict[str, Any]:
+    """The kinds of numbers, by the names of load(); ValueError for what cannot be."""
     for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
         if value not in DTYPES:
             raise ValueError(f"{name} is {value!r}; one of {DTYPES} is needed")
     check_kind(quantize, dtype)
     check_device(quantize, notify=notify)
+    return {"dtype": dtype, "vae_dtype": vae_dtype, "quantize": quantize}
 
 
 def _hold(wan: Wan, callback: Callback | None) -> None:
@@ -170,45 +171,6 @@ def prepare(
         folder = _converted(source, cache, dtype=dtype, callback=callback, say=say)
     checkpoint.check_whole(folder, dtype)
     return folder
-
-
-def _loaders(
-    folder: Any,
-    config: WanConfig,
-    loras: Sequence[adapters.Adapter],
-    parts: Sequence[str],
-    *,
-    dtype: str,
-    vae_dtype: str,
-    quantize: str | None,
-    place: Callable[[str], Any],
-    streamed: bool = False,
-) -> dict[str, Callable[[], Any]]:
-    """{part: function that puts it where place(part) says} of a checkpoint.
-
-    streamed: with its stack in the host's memory.
-    """
-    restore = functools.partial(checkpoint.restore, folder, dtype=dtype, streamed=streamed)
-    loaders: dict[str, Callable[[], Any]] = {
-        part: functools.partial(restore, part, config, sharding=place(part)) for part in parts
-    }
-    if vae_dtype != "float32" and "vae" in loaders:
-        load_vae = loaders["vae"]
-        loaders["vae"] = lambda: trees.cast(load_vae(), jnp.dtype(vae_dtype))
-    if loras:
-        loaders["dit"] = adapters.with_loras(loaders["dit"], config.dit, loras)
-    if quantize is not None:
-        loaders["dit"] = with_quantized(loaders["dit"], quantize, place("dit"))
-    return loaders
-
-
-def _place(
-    layout: Layout | None, split: Collection[str], part: str, *, text_on_cpu: bool
-) -> checkpoint.Where | None:
-    """Where a network goes; None is the first device."""
-    if text_on_cpu and part == "umt5":
-        return jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    return None if layout is None else layout.of_weights(split=part in split).weight
 
 
 def _cache(path: str | os.PathLike[str] | None) -> Any:

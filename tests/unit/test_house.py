@@ -70,7 +70,7 @@ ORDER = (
     {"request", "streaming"},
     {"planning.vae_memory", "planning.costs", "progress"},
     {"planning.memory"},
-    {"planning.budget"},
+    {"planning.budget", "loaders"},
     {"pipeline", "planning.targets"},
     {"loading", "planning.programs", "planning.vae_costs"},
     {"planning.needs"},

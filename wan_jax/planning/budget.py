@@ -53,7 +53,7 @@ class Budget(NamedTuple):
         at_once: videos that are decoded together. already: networks that are. Raises ValueError
         naming the least memory that would do, if these cannot be made within the limit.
         """
-        for choice in self._choices:
+        for choice in _CHOICES:
             if not set(already) <= set(choice):
                 continue
             if all(max(_sizes(self, w, at_once, choice).values()) <= self.limit for w in works):
@@ -68,29 +68,22 @@ class Budget(NamedTuple):
         try:
             return self.streamed([Work(shape, defaults.steps, branches)])
         except ValueError:
-            return self._choices[-1]
+            return _CHOICES[-1]
 
     def room(self, streamed: tuple[str, ...]) -> Room:
         """What the VAE is given while these networks are streamed."""
         return room(self.setup._replace(streamed=streamed), self.limit)
 
-    @property
-    def _choices(self) -> Sequence[tuple[str, ...]]:
-        """A DiT of 8 bits is made on the device, and stays there."""
-        if self.setup.quantize is None:
-            return _CHOICES
-        return [choice for choice in _CHOICES if "dit" not in choice]
-
     def _refusal(self, works: Sequence[Work], at_once: int) -> str:
         """Of the stage that needs most, of all works, with what is streamed that helps most."""
         found = []
-        for choice in self._choices:
+        for choice in _CHOICES:
             sizes = [(_sizes(self, w, at_once, choice), w, choice) for w in works]
             found.append(max(sizes, key=lambda item: max(item[0].values())))
         least, work, choice = min(found, key=lambda item: max(item[0].values()))
         stage, needed = max(least.items(), key=lambda item: item[1])
         setup = self.setup._replace(streamed=choice)
-        weights = memory.load(setup).weights if stage == "load" else setup.resident(PART_OF[stage])
+        weights = setup.resident(PART_OF[stage])
         return (
             f"max_memory is {size_text(self.limit)}; to {_doing(stage, setup, work)} takes at "
             f"least {size_text(needed)}, {size_text(weights)} of it weights"
@@ -143,7 +136,7 @@ def _sizes(budget: Budget, work: Work, at_once: int, streamed: tuple[str, ...]) 
 
     found = {"text": _needed(memory.text(setup))}
     if setup.quantize is not None:
-        found["load"] = _needed(memory.load(setup))
+        found["load"] = _needed(memory.load_by_layers(setup))
     if config.clip is not None:
         found |= {"views": _needed(memory.views(setup)), "image": of_vae("encode", 1)}
     return found | {

@@ -125,7 +125,25 @@ def load(setup: Setup) -> Memory:
     """The DiT while it is made to have 8 bits: as it was read, with the first stack that has."""
     first = setup.network("dit").layers.self_attn.q.kernel
     whole = setup._replace(quantize=None)
-    return Memory(whole.resident("dit"), first.size * first.dtype.itemsize // setup.shares("dit"))
+    return Memory(whole.resident("dit"), _size(first) // setup.shares("dit"))
+
+
+def load_by_layers(setup: Setup) -> Memory:
+    """The same where its layers come from the host's memory, one under the making of another.
+
+    The largest stack is there before it is streamed; of a layer there are what arrives, in 16 bits,
+    and what is rounded, in 32.
+    """
+    network = setup.network("dit")
+    largest = max((p.kernel for p in (network.layers.ffn_in, network.layers.ffn_out)), key=_size)
+    working = _LAYERS * (2 + 4) * largest.size // largest.shape[0]
+    if "dit" in setup.streamed:
+        working += _size(largest)
+    return Memory(setup.resident("dit"), working // setup.shares("dit"))
+
+
+def _size(array: Any) -> int:
+    return int(array.size * array.dtype.itemsize)
 
 
 def text(setup: Setup) -> Memory:

@@ -9,9 +9,13 @@ import functools
 from collections.abc import Callable
 
 import jax
-from jax.sharding import Sharding
+from flax import nnx
+from jax import lax
+from jax.sharding import Sharding, SingleDeviceSharding
 
+from wan_jax import host_memory, xla
 from wan_jax.dit import DiT
+from wan_jax.host_memory import KIND
 from wan_jax.layers import Linear, QuantizedLinear
 
 # What can be asked for, and the lowest compute capability of an NVIDIA GPU that has it.
@@ -48,30 +52,38 @@ def check_device(kind: str | None, *, notify: Callable[[str], None] | None = Non
         )
 
 
-def quantized(dit: DiT, kind: str, *, where: Where | None = None, donate: bool = False) -> DiT:
+def quantized(
+    dit: DiT, kind: str, *, where: Where | None = None, donate: bool = False, streamed: bool = False
+) -> DiT:
     """The network with PRODUCTS of 8 bits, each with one scale a layer, and how attention goes.
 
     kind: of KINDS; "fp8" lets self-attention multiply 8 bits, too. where: in which way an array of
     a shape lies; None leaves that to JAX. donate: the given network's kernels are used up, each as
-    soon as it is quantised. Arrays may be shapes under jax.eval_shape.
+    soon as it is quantised. A stack that lies in the host's memory visits the device layer by layer
+    and stays on it or, streamed, goes back. Arrays may be shapes under jax.eval_shape.
     """
     network = jax.tree.map(lambda leaf: leaf, dit)
     for path in PRODUCTS:
         *outer, name = path.split(".")
         place = functools.reduce(getattr, outer, network.layers)
         given = getattr(place, name)
-        setattr(place, name, _program(where)(given))
+        on_host = host_memory.lies_in(given)
+        made = _program(where, in_turn=on_host)(given)
         if donate:
             given.kernel[...].delete()
+        setattr(place, name, _back(made) if on_host and streamed else made)
     network.fp8_attention = kind == "fp8"
+    if host_memory.lies_in(dit) and not streamed:
+        lies = _lying(where or SingleDeviceSharding(jax.devices()[0]))
+        network.layers = jax.tree.map(lambda x: jax.device_put(x, lies(x.shape)), network.layers)
     return network
 
 
 def with_quantized(
-    load: Callable[[], DiT], kind: str, where: Where | None = None
+    load: Callable[[], DiT], kind: str, where: Where | None = None, *, streamed: bool = False
 ) -> Callable[[], DiT]:
     """A function that loads the network and quantises it."""
-    return lambda: quantized(load(), kind, where=where, donate=True)
+    return lambda: quantized(load(), kind, where=where, donate=True, streamed=streamed)
 
 
 def abstract(dit: DiT, kind: str | None) -> DiT:
@@ -79,18 +91,37 @@ def abstract(dit: DiT, kind: str | None) -> DiT:
     return dit if kind is None else jax.eval_shape(lambda given: quantized(given, kind), dit)
 
 
-def _program(where: Where | None) -> Callable[[Linear], QuantizedLinear]:
-    """A program that quantises the products of a stack, [i, d_in, d_out]."""
+def _lying(where: Where) -> Callable[[tuple[int, ...]], Sharding]:
+    return where if callable(where) else lambda _: where
+
+
+def _back(given: QuantizedLinear) -> QuantizedLinear:
+    """With its kernel in the host's memory, and no more on the device as the next is made."""
+    kernel = given.kernel[...]
+    on_host = jax.device_put(kernel, kernel.sharding.with_memory_kind(KIND))
+    jax.block_until_ready(on_host)
+    kernel.delete()
+    given.kernel = nnx.Param(on_host)
+    return given
+
+
+def _program(where: Where | None, *, in_turn: bool) -> Callable[[Linear], QuantizedLinear]:
+    """A program that quantises the products of a stack, [i, d_in, d_out]; in turn: by layers."""
+    each, jit = (_each_in_turn, xla.jit) if in_turn else (_each, jax.jit)
     if where is None:
-        return _of_stack
+        return _compiled(each, jit)
+    lies = _lying(where)
 
     def placed(given: Linear) -> QuantizedLinear:
-        lies = where if callable(where) else lambda _: where
-        shardings = jax.tree.map(lambda leaf: lies(leaf.shape), jax.eval_shape(_each, given))
-        return jax.jit(_each, out_shardings=shardings)(given)
+        shardings = jax.tree.map(lambda leaf: lies(leaf.shape), jax.eval_shape(each, given))
+        return jit(each, out_shardings=shardings)(given)
 
     return placed
 
 
 _each = jax.vmap(QuantizedLinear.of)
-_of_stack = jax.jit(_each)
+_compiled = functools.cache(lambda each, jit: jit(each))
+
+
+def _each_in_turn(given: Linear) -> QuantizedLinear:
+    return lax.map(lambda layer: QuantizedLinear.of(host_memory.to_device(layer)), given)
