@@ -126,7 +126,7 @@ def partial_attention(
     """
     name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation, weighed=True)
     out, weight = _weighing(name)(q_bsnk, k_bsnk, v_bsnk, count=count)
-    if count is None or name == "hopper":  # which gives no keys the least weight itself
+    if count is None or name == "hopper":  # which gives what comes of no keys such a weight itself
         return out, weight
     some = jnp.asarray(count) > 0  # kernels give anything for no keys at all
     return jnp.where(some, out, 0), jnp.where(some, weight, LOWEST)
@@ -210,7 +210,7 @@ def _pick(q: Shaped, k: Shaped, *, weighed: bool, in_fp8: bool) -> str:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return "chunked"
     tpu_kernel = "splash" if q.dtype == jnp.bfloat16 else "chunked"
-    # Of lengths from 2,048 on it is faster than cuDNN's with a weight.
+    # With a weight it is faster than cuDNN's, as measured from 2,048 rows on.
     own = (weighed or min(q.shape[1], k.shape[1]) >= _TILED) and _fits_hopper(q, k)
     gpu_kernel = "hopper" if own else _gpu_kernel(q)
     return {"gpu": gpu_kernel, "tpu": tpu_kernel}.get(platform, "chunked")

@@ -79,7 +79,12 @@ def attend_with_weight(
     Of no keys comes what is finite, with a weight by which it is nothing beside others.
     """
     # Where the count is known and the weight is asked for, ptxas makes a fifth more of the loop.
-    count = jnp.asarray(k.shape[1] if count is None else count)
+    return _with_weight(q, k, v, jnp.asarray(k.shape[1] if count is None else count, jnp.int32))
+
+
+@jax.jit
+def _with_weight(q: Array, k: Array, v: Array, count: Array) -> Partial:
+    """A program of its own, so that shares of as many keys are traced and compiled once."""
     out, weight = kernel(q, (k,), (v,), count, weigh=True)
     return out, weight.swapaxes(1, 2)
 
@@ -137,8 +142,9 @@ def kernel(
 
     start: int32 [1], the first tile of 128 rows that it is found for; tiles: how many; None is all.
     into: [b, s, all members' heads, k], which is written into: what is not found it keeps. weigh:
-    the weight comes, too, as [b, n, s].
+    the weight comes, too, as [b, n, s], but not with what is written into.
     """
+    assert into is None or not weigh
     (b, s, _, d), dtype, parts, n = q.shape, q.dtype, len(k), k[-1].shape[2]
     known = count if isinstance(count, int) else None
     numbers = {"place": place, "start": start}

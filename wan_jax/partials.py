@@ -7,7 +7,10 @@ Array = jax.Array
 # A result [b, s, n, k], and its weight: float32 [b, s, n], the logarithm of the sum of the
 # exponentials of its keys' scores.
 Partial = tuple[Array, Array]
-LOWEST = -1e30  # below every score, and finite: of -inf alone a softmax makes NaN
+# Below every score, and finite: of -inf alone a softmax makes NaN. A power of two, so that scaling
+# does not round it: a GPU may take the largest scaled score, rounded, from one that is not, and of
+# these alone that has to be 0.
+LOWEST = -(2.0**100)
 
 
 def merge(one: Partial, other: Partial) -> Partial:

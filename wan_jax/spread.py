@@ -3,7 +3,7 @@
 One shard_map holds a whole network, so that what devices tell each other is written here, in
 sequence.py, in ulysses.py and in columns.py and nowhere else. Weights of which devices hold a share
 each are gathered when they are needed: those of the stack layer by layer. Latents are whole on
-every device of a video; they are small.
+every device; they are small.
 """
 
 import functools
@@ -113,7 +113,8 @@ def velocity(
     specs = (weights.specs, WHOLE, branches, WHOLE, [_ROWS] * len(given))
     mapped = _map(run, layout, specs, _ROWS)
     found = mapped(weights.leaves, jnp.asarray(t, jnp.float32), conds, guidance, given)
-    # So that what a step gives lies as what it was given, or the next were another program.
+    # So that what a step gives lies as what it was given, or the next were another program; and so
+    # that every host has all videos.
     return lax.with_sharding_constraint(found, NamedSharding(layout.mesh, WHOLE))
 
 

@@ -35,10 +35,10 @@ _STREAMING: dict[str, Options] = {
 _ROOM: Options = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 _ATTENTION = {"TPU v5": _ROOM, "TPU v5p": _ROOM}
 # GPUs that write to each other: values, then keys travel while what follows is made, and queries
-# while half of this device's own attend, results while the rest do (ulysses.py, hopper.py). The
-# copy engines bring them; kernels of NCCL would wait for the blocks of another and then hold up the
-# rest of them. Each travels as soon as it is there, up to four at a time: by default there is one
-# journey at a time, of all that would go together.
+# while half of this device's own attend, results while the rest do (ulysses.py, hopper_parts.py).
+# The copy engines bring them; kernels of NCCL would wait for the blocks of another and then hold up
+# the rest of them. Each travels as soon as it is there, up to four at a time: by default there is
+# one journey at a time, of all that would go together.
 _PEERS: dict[str, Options] = {
     platform: {
         "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",

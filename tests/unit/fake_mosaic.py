@@ -141,12 +141,12 @@ class Mosaic:
                 dtype, shape, axis
             ),
             set_max_registers=lambda count, action: None,
-            commit_smem=lambda: None,
-            wait_smem_to_gmem=lambda count: None,
+            commit_smem=lambda: setattr(self._own, "committed", True),
+            wait_smem_to_gmem=self._send,
             barrier_wait=_Barrier.wait,
             barrier_arrive=_Barrier.arrive,
             copy_gmem_to_smem=self._bring,
-            copy_smem_to_gmem=lambda source, target: target.__setitem__(..., source.value),
+            copy_smem_to_gmem=self._ask_to_send,
             wgmma=self._multiply,
             wgmma_accumulator_load=self._load,
             kernel=self._kernel,
@@ -173,6 +173,15 @@ class Mosaic:
     def _bring(self, source: _Cell, target: _Cell, barrier: _Barrier) -> None:
         target[...] = source.value
         barrier.arrive()
+
+    def _ask_to_send(self, source: _Cell, target: _Cell) -> None:
+        assert self._own.committed, "what is in shared memory may not be seen"
+        self._own.leaving.append((source, target))
+
+    def _send(self, count: int) -> None:
+        while len(self._own.leaving) > count:
+            source, target = self._own.leaving.pop(0)
+            target[...] = source.value
 
     def _multiply(self, *operands: Any) -> None:
         self.products.append((self.started, self._own.place[self._group]))
@@ -209,9 +218,11 @@ class Mosaic:
 
         def group(number: int) -> None:
             self._own.place, self._own.pending = {**place, self._group: number}, []
+            self._own.leaving, self._own.committed = [], False
             try:
                 run()
                 assert not self._own.pending, "nobody waited for a product"
+                assert not self._own.leaving, "nobody waited for what leaves shared memory"
             except Exception as error:
                 errors.append(error)
 

@@ -17,7 +17,7 @@ from tests.unit.fake_mosaic import Mosaic, in_place_of_mosaic
 from wan_jax import attention as module
 from wan_jax import cudnn, hopper, hopper_parts, xla
 from wan_jax.attention import attention, attention_in_parts, partial_attention, row_tile
-from wan_jax.partials import merge
+from wan_jax.partials import LOWEST, merge
 from wan_jax.parts import Parts
 from wan_jax.plans import Plan
 
@@ -112,14 +112,28 @@ def test_shares_of_the_keys_join_to_the_whole(
     assert mosaic.started == 2 * 2 * 2 * 2
 
 
+def test_the_least_score_is_not_rounded_as_it_is_scaled() -> None:
+    """Where all are the least, what is left of one is then 0, whether or not a GPU rounds twice."""
+    scale = np.float32(np.log2(np.e) / np.sqrt(hopper.HEAD))
+    exact = np.float64(np.float32(LOWEST)) * np.float64(scale)
+    assert exact == np.float32(exact) < -1e28
+
+
 @pytest.mark.parametrize("known", [True, False])
-def test_mosaic_takes_the_program_of_a_share(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mosaic_takes_one_program_of_all_shares(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is told how many keys are real, also where that is known."""
     monkeypatch.setattr(xla, "traced_for", lambda: H200)
     x = jax.ShapeDtypeStruct((1, 16384, 12, 128), jnp.bfloat16)
     count = () if known else (jax.ShapeDtypeStruct((), jnp.int32),)
-    run = jax.jit(lambda *x: partial_attention(*x[:3], count=x[3] if x[3:] else None))
-    text = run.trace(x, x, x, *count).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 1 and "fmhaSoftmax" not in text
+
+    def shares(q: jax.Array, k: jax.Array, v: jax.Array, *count: jax.Array) -> Any:
+        return [partial_attention(q, k + i, v, count=count[0] if count else None) for i in range(3)]
+
+    text = jax.jit(shares).trace(x, x, x, *count).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = re.findall(r"custom_call @mosaic_gpu.*", text)
+    assert ", tensor<1xi32>) -> (" in call and "fmhaSoftmax" not in text
 
 
 def in_parts(
@@ -299,8 +313,8 @@ def test_when_it_is_taken(
 
 @pytest.mark.parametrize(
     ("kind", "rows", "wanted"),
-    [("NVIDIA H200", 4096, "hopper"), ("NVIDIA H200", 4095, "cudnn")]
-    + [("NVIDIA A100-SXM4-80GB", 4096, "cudnn")],
+    [("NVIDIA H200", 4096, "hopper"), ("NVIDIA H200", 128, "hopper")]
+    + [("NVIDIA H200", 4095, "cudnn"), ("NVIDIA A100-SXM4-80GB", 4096, "cudnn")],
 )
 def test_with_a_weight_it_is_taken_at_any_length(
     kind: str, rows: int, wanted: str, monkeypatch: pytest.MonkeyPatch

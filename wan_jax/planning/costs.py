@@ -61,7 +61,7 @@ def dit(config: DiTConfig, tokens: int, *, images: int = 0, plan: Plan | None = 
     plan = plan or Plan()
     share = Share(tokens, plan.ring, plan.ulysses)
     rows, d = share.rows, config.dim
-    # With a ring the padded keys are computed, and not counted in.
+    # With a ring the padded keys are computed (by most kernels), and not counted in.
     keys = rows * plan.ring * plan.ulysses if plan.ring > 1 else tokens
     text = config.text_len + images
     attention = 4 * rows * d * (keys + text)
@@ -168,11 +168,12 @@ def dit_working_bytes(
 def _on_nvidia(config: DiTConfig, rows: int, plan: Plan, *, itemsize: int, quantized: bool) -> int:
     """The same on an NVIDIA GPU, where products round as they end (layers.linear).
 
-    So the hidden values are not there in float32, but, quantized, in 8 bits. A ring has keys and
-    values under way, and of more than two sums in float32; devices that share tokens copy a layer's
-    matrices. Programs of 14B at 75,600 tokens need 5.90 GiB, by this 6.27, of two devices with
-    Ulysses 3.50 (3.51), of four 1.91 (1.93), in a ring of two 3.67 (3.86), of four 2.52 (2.56); of
-    1.3B at 32,760 tokens 1.12 (1.11), in 8 bits 1.23 (1.25).
+    So the hidden values are not there in float32, but, quantized, in 8 bits. Devices that share
+    tokens copy a layer's matrices. For keys and values under way and for sums a ring has what
+    programs for H200s were found to need more, of two, four and eight. Those of 14B at 75,600
+    tokens need 5.90 GiB, by this 6.27, of two devices with Ulysses 3.50 (3.51), of four 1.91
+    (1.93), in a ring of two 3.67 (3.86), of four 2.52 (2.56); of 1.3B at 32,760 tokens 1.12 (1.11),
+    in 8 bits 1.23 (1.25).
     """
     d, f = config.dim, config.ffn_dim
     each = 8 * d + itemsize * (2 * d + f)
