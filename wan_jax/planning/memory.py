@@ -129,10 +129,10 @@ def load(setup: Setup) -> Memory:
 
 
 def load_by_layers(setup: Setup) -> Memory:
-    """The same where its layers come from the host's memory, one under the making of another.
+    """The same where its layers come from the host's memory, one after the other.
 
-    The largest stack is there before it is streamed; of a layer there are what arrives, in 16 bits,
-    and what is rounded, in 32.
+    The largest stack is there before it is streamed. Of a layer there are what arrives, in 16 bits,
+    and what is rounded, at most in 32.
     """
     network = setup.network("dit")
     largest = max((p.kernel for p in (network.layers.ffn_in, network.layers.ffn_out)), key=_size)

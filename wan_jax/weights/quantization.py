@@ -9,15 +9,17 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from wan_jax import host_memory, xla
+from wan_jax import host_memory
 from wan_jax.dit import DiT
 from wan_jax.host_memory import KIND
 from wan_jax.layers import Linear, QuantizedLinear
 
+Array = jax.Array
 # What can be asked for, and the lowest compute capability of an NVIDIA GPU that has it.
 KINDS = {"fp8": 9.0, "fp8_linear": 8.9}
 PRODUCTS = (*(f"self_attn.{name}" for name in "qkvo"), "ffn_in", "ffn_out")
@@ -68,7 +70,7 @@ def quantized(
         place = functools.reduce(getattr, outer, network.layers)
         given = getattr(place, name)
         on_host = host_memory.lies_in(given)
-        made = _program(where, in_turn=on_host)(given)
+        made = (_in_turn if on_host else _at_once)(given, where)
         if donate:
             given.kernel[...].delete()
         setattr(place, name, _back(made) if on_host and streamed else made)
@@ -105,23 +107,36 @@ def _back(given: QuantizedLinear) -> QuantizedLinear:
     return given
 
 
-def _program(where: Where | None, *, in_turn: bool) -> Callable[[Linear], QuantizedLinear]:
-    """A program that quantises the products of a stack, [i, d_in, d_out]; in turn: by layers."""
-    each, jit = (_each_in_turn, xla.jit) if in_turn else (_each, jax.jit)
-    if where is None:
-        return _compiled(each, jit)
+def _at_once(given: Linear, where: Where | None) -> QuantizedLinear:
+    """The products of a stack, [i, d_in, d_out], quantised."""
+    return _each(given) if where is None else jax.jit(_each, out_shardings=_of(given, where))(given)
+
+
+def _in_turn(given: Linear, where: Where | None) -> QuantizedLinear:
+    """The same of a stack in the host's memory, of which one layer at a time is on the device.
+
+    By a program of one layer: of a loop in one XLA brings all of the stack, to transpose it.
+    """
+    shardings = _of(given, where or SingleDeviceSharding(jax.devices()[0]))
+    shapes = jax.eval_shape(_each, given)
+    made = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=shardings)()
+    step = jax.jit(_layer, donate_argnums=1, out_shardings=shardings)
+    for i in range(given.kernel[...].shape[0]):
+        made = step(given, made, i)
+    return made
+
+
+def _layer(given: Linear, made: QuantizedLinear, i: Array) -> QuantizedLinear:
+    """What is made, with layer i of what is given."""
+    layer = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), given)
+    one = QuantizedLinear.of(host_memory.to_device(layer))
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), made, one)
+
+
+def _of(given: Linear, where: Where) -> QuantizedLinear:
+    """Where each array of the products of 8 bits lies."""
     lies = _lying(where)
-
-    def placed(given: Linear) -> QuantizedLinear:
-        shardings = jax.tree.map(lambda leaf: lies(leaf.shape), jax.eval_shape(each, given))
-        return jit(each, out_shardings=shardings)(given)
-
-    return placed
+    return jax.tree.map(lambda leaf: lies(leaf.shape), jax.eval_shape(_each, given))
 
 
-_each = jax.vmap(QuantizedLinear.of)
-_compiled = functools.cache(lambda each, jit: jit(each))
-
-
-def _each_in_turn(given: Linear) -> QuantizedLinear:
-    return lax.map(lambda layer: QuantizedLinear.of(host_memory.to_device(layer)), given)
+_each = jax.jit(jax.vmap(QuantizedLinear.of))
