@@ -29,7 +29,8 @@ def loaders(
 ) -> dict[str, Callable[[], Any]]:
     """{part: function that puts it where place(part) says} of a checkpoint.
 
-    streamed: with its stack in the host's memory. by_layers: a DiT is quantised as it leaves that.
+    streamed: with its stack in the host's memory. by_layers: a DiT is quantised as it leaves that,
+    not all at once on the device.
     """
     on_host = STREAMABLE if streamed else ("dit",) if quantize is not None and by_layers else ()
     restore = functools.partial(checkpoint.restore, folder, dtype=dtype)

@@ -99,7 +99,7 @@ def load(
     layout, split = (None, ()) if plan is None else (plan.layout(), plan.split)
     place = functools.partial(place_of, layout, split, text_on_cpu=text_on_cpu)
     within = budget(limit, config, plan, offload=offload, text_on_cpu=text_on_cpu, **kinds)
-    held = {"place": place, "by_layers": within is not None, **kinds}
+    held = {"place": place, "by_layers": within is not None and within.by_layers, **kinds}
     make = functools.partial(loaders, folder, config, loras, **held)
     wan = Wan(
         config,

@@ -182,6 +182,7 @@ class Mosaic:
         while len(self._own.leaving) > count:
             source, target = self._own.leaving.pop(0)
             target[...] = source.value
+        self._own.committed = False  # what is written next is not
 
     def _multiply(self, *operands: Any) -> None:
         self.products.append((self.started, self._own.place[self._group]))

@@ -1,7 +1,7 @@
 """What of a checkpoint is streamed so that its videos keep a limit of a device's memory.
 
 The stack of UMT5 or of the DiT lies in the host's memory only if it must, UMT5's first: it is read
-once a text, the DiT's with every forward.
+once a text, the DiT's with every forward. A DiT of 8 bits is made out of it only if it must.
 """
 
 import functools
@@ -70,6 +70,18 @@ class Budget(NamedTuple):
         except ValueError:
             return _CHOICES[-1]
 
+    @property
+    def by_layers(self) -> bool:
+        """Whether a DiT is quantised as it leaves the host's memory, as at once it has no room."""
+        whole = self.setup._replace(streamed=())
+        return whole.quantize is not None and _needed(memory.load(whole)) > self.limit
+
+    def making(self, streamed: tuple[str, ...]) -> Memory:
+        """What making a DiT of 8 bits takes while these networks are streamed."""
+        by_layers = self.by_layers or "dit" in streamed
+        needed = memory.load_by_layers if by_layers else memory.load
+        return needed(self.setup._replace(streamed=streamed))
+
     def room(self, streamed: tuple[str, ...]) -> Room:
         """What the VAE is given while these networks are streamed."""
         return room(self.setup._replace(streamed=streamed), self.limit)
@@ -84,6 +96,8 @@ class Budget(NamedTuple):
         stage, needed = max(least.items(), key=lambda item: item[1])
         setup = self.setup._replace(streamed=choice)
         weights = setup.resident(PART_OF[stage])
+        if stage == "load":
+            weights += self.making(choice).fetched
         return (
             f"max_memory is {size_text(self.limit)}; to {_doing(stage, setup, work)} takes at "
             f"least {size_text(needed)}, {size_text(weights)} of it weights"
@@ -136,7 +150,7 @@ def _sizes(budget: Budget, work: Work, at_once: int, streamed: tuple[str, ...]) 
 
     found = {"text": _needed(memory.text(setup))}
     if setup.quantize is not None:
-        found["load"] = _needed(memory.load_by_layers(setup))
+        found["load"] = _needed(budget.making(streamed))
     if config.clip is not None:
         found |= {"views": _needed(memory.views(setup)), "image": of_vae("encode", 1)}
     return found | {

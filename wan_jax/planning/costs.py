@@ -109,7 +109,7 @@ def weight_bytes(network: Any, devices: int = 1, *, streamed: bool = False) -> i
     streamed: without those that then lie in the host's memory.
     """
     return sum(
-        _own_bytes(leaf, devices)
+        own_bytes(leaf, devices)
         for names, leaf in _leaves(network)
         if not (streamed and _is_streamed(names))
     )
@@ -123,7 +123,7 @@ def streamed_bytes(
     wanted: of a weight's names, from the outside in, whether it is read.
     """
     return sum(
-        _own_bytes(leaf, devices)
+        own_bytes(leaf, devices)
         for names, leaf in _leaves(network)
         if _is_streamed(names) and wanted(names)
     )
@@ -275,7 +275,8 @@ def _is_streamed(names: list[str]) -> bool:
     return host_memory.is_streamed(".".join(names))
 
 
-def _own_bytes(leaf: Any, devices: int) -> int:
+def own_bytes(leaf: Any, devices: int) -> int:
+    """Bytes of a weight on each of so many devices, split among them if it divides."""
     return _bytes(leaf) // (devices if _is_split(leaf, devices) else 1)
 
 

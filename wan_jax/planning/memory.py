@@ -123,27 +123,22 @@ class Memory(NamedTuple):
 
 def load(setup: Setup) -> Memory:
     """The DiT while it is made to have 8 bits: as it was read, with the first stack that has."""
-    first = setup.network("dit").layers.self_attn.q.kernel
+    first, shares = setup.network("dit").layers.self_attn.q.kernel, setup.shares("dit")
     whole = setup._replace(quantize=None)
-    return Memory(whole.resident("dit"), _size(first) // setup.shares("dit"))
+    return Memory(whole.resident("dit"), 0, costs.own_bytes(first, shares))
 
 
 def load_by_layers(setup: Setup) -> Memory:
     """The same where its layers come from the host's memory, one after the other.
 
-    The largest stack is there before it is streamed. Of a layer there are what arrives, in 16 bits,
-    and what is rounded, at most in 32.
+    Of a layer there are what arrives, in 16 bits, and what is rounded, at most in 32; of two, as
+    one may arrive under the other. Of a streamed network the largest stack is there before it goes.
     """
-    network = setup.network("dit")
-    largest = max((p.kernel for p in (network.layers.ffn_in, network.layers.ffn_out)), key=_size)
-    working = _LAYERS * (2 + 4) * largest.size // largest.shape[0]
-    if "dit" in setup.streamed:
-        working += _size(largest)
-    return Memory(setup.resident("dit"), working // setup.shares("dit"))
-
-
-def _size(array: Any) -> int:
-    return int(array.size * array.dtype.itemsize)
+    layers, shares = setup.network("dit").layers, setup.shares("dit")
+    largest = max(costs.own_bytes(p.kernel, shares) for p in (layers.ffn_in, layers.ffn_out))
+    working = _LAYERS * (2 + 4) * largest // setup.config.dit.num_layers
+    leaving = largest if "dit" in setup.streamed else 0
+    return Memory(setup.resident("dit"), working, leaving)
 
 
 def text(setup: Setup) -> Memory:

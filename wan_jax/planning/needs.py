@@ -99,8 +99,11 @@ def needs(case: Case) -> dict[str, Need]:
     setup = case.setup
     found = {"text": _text(case, setup)}
     if case.quantize is not None:
-        load = memory.load if case.max_memory is None else memory.load_by_layers
-        found["load"] = Need(load(setup), Flops(), 0, None)
+        limit = case.max_memory
+        making = memory.load(setup)
+        if limit is not None:
+            making = Budget(limit, setup).making(setup.streamed)
+        found["load"] = Need(making, Flops(), 0, None)
     if case.config.clip is not None:
         found |= {"views": _views(case, setup), "image": _image(case, setup)}
     return found | {

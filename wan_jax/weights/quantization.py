@@ -118,8 +118,11 @@ def _in_turn(given: Linear, where: Where | None) -> QuantizedLinear:
     By a program of one layer: of a loop in one XLA brings all of the stack, to transpose it.
     """
     shardings = _of(given, where or SingleDeviceSharding(jax.devices()[0]))
-    shapes = jax.eval_shape(_each, given)
-    made = jax.jit(lambda: jax.tree.map(jnp.zeros_like, shapes), out_shardings=shardings)()
+    made = jax.tree.map(
+        lambda leaf, at: jnp.zeros(leaf.shape, leaf.dtype, device=at),
+        jax.eval_shape(_each, given),
+        shardings,
+    )
     step = jax.jit(_layer, donate_argnums=1, out_shardings=shardings)
     for i in range(given.kernel[...].shape[0]):
         made = step(given, made, i)
