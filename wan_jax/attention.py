@@ -126,7 +126,7 @@ def partial_attention(
     """
     name = _checked(q_bsnk, k_bsnk, v_bsnk, implementation, weighed=True)
     out, weight = _weighing(name)(q_bsnk, k_bsnk, v_bsnk, count=count)
-    if count is None or name == "hopper":  # which gives what comes of no keys such a weight itself
+    if count is None or name == "hopper":  # of no keys its weight is low enough
         return out, weight
     some = jnp.asarray(count) > 0  # kernels give anything for no keys at all
     return jnp.where(some, out, 0), jnp.where(some, weight, LOWEST)

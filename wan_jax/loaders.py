@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from wan_jax.config import WanConfig
 from wan_jax.planning.memory import STREAMABLE
-from wan_jax.sharding import Layout
+from wan_jax.sharding import Layout, Where
 from wan_jax.weights import adapters, checkpoint, trees
 from wan_jax.weights.quantization import with_quantized
 
@@ -52,7 +52,7 @@ def loaders(
 
 def place_of(
     layout: Layout | None, split: Collection[str], part: str, *, text_on_cpu: bool
-) -> checkpoint.Where | None:
+) -> Where | None:
     """Where a network goes; None is the first device."""
     if text_on_cpu and part == "umt5":
         return jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])

@@ -7,15 +7,16 @@ of them.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 BATCH, GUIDANCE, RING, ULYSSES = AXES = ("batch", "guidance", "ring", "ulysses")
+Where = Sharding | Callable[[tuple[int, ...]], Sharding]  # arrays lie, by their shapes
 SMALL = 2**16  # elements; an array below is whole on every device, for to gather it costs more
 
 
@@ -68,6 +69,12 @@ def _everywhere(where: NamedSharding, array: Any) -> jax.Array:
         return array  # what programs over all devices give is whole on each
     own = np.asarray(array)
     return jax.make_array_from_callback(own.shape, where, lambda index: own[index])
+
+
+def by_shape(where: Where | None) -> Callable[[tuple[int, ...]], Sharding]:
+    """Where an array of a shape lies; None is the first device."""
+    place = where or SingleDeviceSharding(jax.devices()[0])
+    return place if callable(place) else lambda _: place
 
 
 def make_layout(

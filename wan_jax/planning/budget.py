@@ -97,7 +97,8 @@ class Budget(NamedTuple):
         setup = self.setup._replace(streamed=choice)
         weights = setup.resident(PART_OF[stage])
         if stage == "load":
-            weights += self.making(choice).fetched
+            weights, _, leaving = self.making(choice)
+            weights += leaving
         return (
             f"max_memory is {size_text(self.limit)}; to {_doing(stage, setup, work)} takes at "
             f"least {size_text(needed)}, {size_text(weights)} of it weights"

@@ -22,6 +22,7 @@ from orbax.checkpoint.experimental.v1 import partial
 
 from wan_jax import host_memory
 from wan_jax.config import PARTS, CLIPConfig, DiTConfig, UMT5Config, VAEConfig, WanConfig
+from wan_jax.sharding import Where, by_shape
 from wan_jax.weights import rules, trees
 from wan_jax.weights.folders import check_space, written_whole
 from wan_jax.weights.hashes import FileHashes
@@ -42,7 +43,6 @@ _CONFIGS: dict[str, type[PartConfig]] = {
 
 OnBytes = Callable[[int, int], None]
 Plans = Mapping[str, list[rules.Assignment]]
-Where = jax.sharding.Sharding | Callable[[tuple[int, ...]], jax.sharding.Sharding]
 
 
 def plan(folder: Folder, dtype: str) -> Plans:
@@ -379,8 +379,7 @@ def restore(
     streamed: those of the stack go straight to the host's memory; see host_memory.py.
     Raises ValueError naming the folder that cannot be read.
     """
-    where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    place = where if callable(where) else lambda _: where
+    place = by_shape(sharding)
     at = host_memory.where if streamed else lambda _, usual: usual
     module = abstract_part(getattr(config, part), jnp.dtype(dtype))
     wanted = {

@@ -12,18 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Sharding, SingleDeviceSharding
 
 from wan_jax import host_memory
 from wan_jax.dit import DiT
 from wan_jax.host_memory import KIND
 from wan_jax.layers import Linear, QuantizedLinear
+from wan_jax.sharding import Where, by_shape
 
 Array = jax.Array
 # What can be asked for, and the lowest compute capability of an NVIDIA GPU that has it.
 KINDS = {"fp8": 9.0, "fp8_linear": 8.9}
 PRODUCTS = (*(f"self_attn.{name}" for name in "qkvo"), "ffn_in", "ffn_out")
-Where = Sharding | Callable[[tuple[int, ...]], Sharding]
 
 
 def check_kind(kind: str | None, dtype: str) -> None:
@@ -76,7 +75,7 @@ def quantized(
         setattr(place, name, _back(made) if on_host and streamed else made)
     network.fp8_attention = kind == "fp8"
     if host_memory.lies_in(dit) and not streamed:
-        lies = _lying(where or SingleDeviceSharding(jax.devices()[0]))
+        lies = by_shape(where)
         network.layers = jax.tree.map(lambda x: jax.device_put(x, lies(x.shape)), network.layers)
     return network
 
@@ -91,10 +90,6 @@ def with_quantized(
 def abstract(dit: DiT, kind: str | None) -> DiT:
     """The network, shapes in place of arrays, as quantized() would make it; itself for None."""
     return dit if kind is None else jax.eval_shape(lambda given: quantized(given, kind), dit)
-
-
-def _lying(where: Where) -> Callable[[tuple[int, ...]], Sharding]:
-    return where if callable(where) else lambda _: where
 
 
 def _back(given: QuantizedLinear) -> QuantizedLinear:
@@ -117,7 +112,7 @@ def _in_turn(given: Linear, where: Where | None) -> QuantizedLinear:
 
     By a program of one layer: of a loop in one XLA brings all of the stack, to transpose it.
     """
-    shardings = _of(given, where or SingleDeviceSharding(jax.devices()[0]))
+    shardings = _of(given, where)
     made = jax.tree.map(
         lambda leaf, at: jnp.zeros(leaf.shape, leaf.dtype, device=at),
         jax.eval_shape(_each, given),
@@ -136,9 +131,9 @@ def _layer(given: Linear, made: QuantizedLinear, i: Array) -> QuantizedLinear:
     return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), made, one)
 
 
-def _of(given: Linear, where: Where) -> QuantizedLinear:
+def _of(given: Linear, where: Where | None) -> QuantizedLinear:
     """Where each array of the products of 8 bits lies."""
-    lies = _lying(where)
+    lies = by_shape(where)
     return jax.tree.map(lambda leaf: lies(leaf.shape), jax.eval_shape(_each, given))
 
 
